@@ -1,0 +1,179 @@
+"""What can be changed in an attention call, as data. Every edit is undone exactly on leaving `attend`.
+
+Order inside one call: Shift, Rebase (on q and k) -> scale, softcap, position bias -> ScoreMap -> ScoreBias -> mask ->
+sink column -> softmax -> Reweight -> Blend -> HeadGain. Edits of one kind apply in the order given.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from headwise.attention.readings import as_tuple
+from headwise.errors import HeadwiseError
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Edit:
+    """Base of all edits: where to apply it. `heads` are numbers (in every chosen layer) or (layer, head) pairs."""
+
+    layer: int | Sequence[int] | None = None
+    heads: Sequence[int] | Sequence[tuple[int, int]] | None = None
+    stream: str | None = None
+
+    def __post_init__(self) -> None:
+        label = type(self).__name__
+        layers = as_tuple(self.layer, f"{label}(layer=...)")
+        heads = self.heads
+        if heads is not None:
+            heads = (heads,) if isinstance(heads, int) else tuple(heads)
+            if not heads:
+                raise HeadwiseError(f"{label}(heads=...) is empty: name at least one head, or None for all.")
+            if all(not isinstance(h, int) and len(h) == 2 for h in heads):
+                if layers is not None:
+                    raise HeadwiseError(f"{label}: give heads as (layer, head) pairs or layer=, not both.")
+                heads = tuple((int(a), int(b)) for a, b in heads)
+            elif not all(isinstance(h, int) for h in heads):
+                raise HeadwiseError(f"{label}(heads=...) must be numbers or (layer, head) pairs; got {heads!r}.")
+        object.__setattr__(self, "layer", layers)
+        object.__setattr__(self, "heads", heads)
+
+    def heads_in(self, layer: int, count: int) -> list[int] | None:
+        """The heads this edit means in a layer of `count` heads; None = not this layer."""
+        if self.heads and not isinstance(self.heads[0], int):
+            chosen = [h for (where, h) in self.heads if where == layer]  # type: ignore[misc]
+        elif self.layer is not None and layer not in self.layer:
+            return None
+        else:
+            chosen = list(range(count)) if self.heads is None else list(self.heads)  # type: ignore[arg-type]
+        for head in chosen:
+            if not 0 <= head < count:
+                raise HeadwiseError(
+                    f"{type(self).__name__}(heads=...) names head {head}, but layer {layer} has heads 0 to {count - 1}."
+                )
+        return chosen or None
+
+
+@dataclass(frozen=True, eq=False)
+class ScoreBias(Edit):
+    """`s_ij += value` for keys in a segment (a name), or `value` times a vector over keys, for the queries of a
+    segment (None: all). `log g` multiplies a segment's weights by g before renormalising; `-inf` is a knockout."""
+
+    value: float = 0.0
+    keys: str | Float[Tensor, " key"] | None = None
+    queries: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.value, (int, float)) or self.value != self.value or self.value == float("inf"):
+            raise HeadwiseError(f"ScoreBias(value=...) must be a number or -inf; got {self.value!r}.")
+        if isinstance(self.keys, Tensor) and self.keys.ndim != 1:
+            raise HeadwiseError(f"ScoreBias(keys=...) must be one number a key; got shape {tuple(self.keys.shape)}.")
+
+
+@dataclass(frozen=True, eq=False)
+class ScoreMap(Edit):
+    """`s_ij -> fn(s_ij)` pointwise, for keys and queries of the named segments (None: all)."""
+
+    fn: Callable[[Tensor], Tensor] = torch.nn.Identity()
+    keys: str | None = None
+    queries: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not callable(self.fn):
+            raise HeadwiseError(f"ScoreMap(fn=...) must be a function of a score tensor; got {self.fn!r}.")
+
+
+@dataclass(frozen=True, eq=False)
+class Reweight(Edit):
+    """`a'_ij = a_ij * w_i[group(j)]`, the weights `w = rule(masses)` a function of the groups' masses.
+
+    `groups` are segment names that don't overlap; keys of no group keep their weight. `rule` takes and returns
+    [batch, heads, query, group]; weights must be finite and not negative, and need not keep the sum."""
+
+    rule: Callable[[Tensor], Tensor] = torch.ones_like
+    groups: Sequence[str] = ()
+    queries: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "groups", (self.groups,) if isinstance(self.groups, str) else tuple(self.groups))
+        if not self.groups or len(set(self.groups)) != len(self.groups):
+            raise HeadwiseError(f"Reweight(groups=...) must name different segments; got {self.groups!r}.")
+        if not callable(self.rule):
+            raise HeadwiseError(f"Reweight(rule=...) must be a function of the masses; got {self.rule!r}.")
+
+    def weights(self, masses: Tensor) -> Tensor:
+        weights = self.rule(masses)
+        if weights.shape != masses.shape:
+            raise HeadwiseError(
+                f"Reweight(rule=...) must return weights of shape {tuple(masses.shape)}; got {tuple(weights.shape)}."
+            )
+        if not bool(((weights >= 0) & weights.isfinite()).all()):
+            raise HeadwiseError("Reweight(rule=...) returned weights that are negative or not finite.")
+        return weights
+
+
+@dataclass(frozen=True, eq=False)
+class Blend(Edit):
+    """`z' = (1 - alpha) z + alpha z_target`; target: the query's own value ("own"), the mean value of the sequence's
+    valid keys ("mean"), or the mean value of the keys the query can see ("uniform")."""
+
+    alpha: float = 0.0
+    target: Literal["own", "mean", "uniform"] = "own"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.target not in ("own", "mean", "uniform"):
+            raise HeadwiseError(f'Blend(target=...) must be "own", "mean" or "uniform"; got {self.target!r}.')
+
+
+@dataclass(frozen=True, eq=False)
+class HeadGain(Edit):
+    """`z'_h = gain * z_h` (0 ablates), or instead of a number: "mean" (the head's mean output over this call's valid
+    queries), "resample" (the output of the next sample in the batch) or a tensor put in its place, broadcastable to
+    [batch, heads chosen, query, value_dim]. `tokens` names the segment of queries it is for (None: all)."""
+
+    gain: float | str | Tensor = 1.0
+    tokens: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.gain, str) and self.gain not in ("mean", "resample"):
+            raise HeadwiseError(f'HeadGain(gain=...) must be a number, "mean", "resample" or a tensor; got {self.gain!r}.')
+
+
+@dataclass(frozen=True, eq=False)
+class Shift(Edit):
+    """`q += d`, `k += d`: vectors [head_dim] or [heads chosen, head_dim], for tokens of a segment (None: all).
+
+    For k the heads are query heads too: each gets its own copy of the shifted keys."""
+
+    q: Tensor | None = None
+    k: Tensor | None = None
+    tokens: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.q is None and self.k is None:
+            raise HeadwiseError("Shift wants q= or k=: a vector to add to queries or keys.")
+
+
+@dataclass(frozen=True, eq=False)
+class Rebase(Edit):
+    """Queries and keys rotated anew with another RoPE base (`theta`), or another position for each token
+    (`positions`, one number a token). The model must use rotary embeddings."""
+
+    theta: float | None = None
+    positions: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.theta is None and self.positions is None:
+            raise HeadwiseError("Rebase wants theta= (another RoPE base) or positions= (one a token).")
+        if self.theta is not None and not self.theta > 1:
+            raise HeadwiseError(f"Rebase(theta=...) must be larger than 1; got {self.theta!r}.")
