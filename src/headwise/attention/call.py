@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from headwise.attention.mask import Mask
-from headwise.models.anatomy import Site
+
+if TYPE_CHECKING:
+    from headwise.models.anatomy import Site
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from headwise.attention.readings import as_tuple
+from headwise.attention.readings import as_tuple, is_relative
 from headwise.errors import HeadwiseError
 
 
@@ -72,6 +72,8 @@ class ScoreBias(Edit):
             raise HeadwiseError(f"ScoreBias(value=...) must be a number or -inf; got {self.value!r}.")
         if isinstance(self.keys, Tensor) and self.keys.ndim != 1:
             raise HeadwiseError(f"ScoreBias(keys=...) must be one number a key; got shape {tuple(self.keys.shape)}.")
+        if isinstance(self.keys, Tensor) and self.value == -float("inf"):
+            raise HeadwiseError("ScoreBias(value=-inf) wants a segment name: put -inf into the vector over keys itself.")
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,6 +106,8 @@ class Reweight(Edit):
         object.__setattr__(self, "groups", (self.groups,) if isinstance(self.groups, str) else tuple(self.groups))
         if not self.groups or len(set(self.groups)) != len(self.groups):
             raise HeadwiseError(f"Reweight(groups=...) must name different segments; got {self.groups!r}.")
+        if len(self.groups) > 1 and any(is_relative(g) for g in self.groups):
+            raise HeadwiseError(f"Reweight(groups=...): a relative segment overlaps others, give it alone; got {self.groups!r}.")
         if not callable(self.rule):
             raise HeadwiseError(f"Reweight(rule=...) must be a function of the masses; got {self.rule!r}.")
 

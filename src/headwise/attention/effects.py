@@ -1,0 +1,252 @@
+"""Edits made concrete for one call: names become masks over its keys and queries."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from headwise.attention.call import AttentionCall
+from headwise.attention.edits import Blend, Edit, HeadGain, Rebase, Reweight, ScoreBias, ScoreMap, Shift
+from headwise.attention.readings import RELATIVE_LAGS, window_size
+from headwise.attention.rope import rebase
+from headwise.errors import HeadwiseError
+
+
+@dataclass(frozen=True)
+class KeySet:
+    """Some of a call's keys: a mask over them, or the gaps i - j that count (relative segments)."""
+
+    mask: Bool[Tensor, "#batch key"] | None = None
+    gap: tuple[int, int] | None = None
+
+    def block(self, i: Int[Tensor, " row"], j0: int, start: int, stop: int) -> Bool[Tensor, "#batch one #row column"]:
+        if self.gap is None:
+            assert self.mask is not None
+            return self.mask[:, None, None, start:stop]
+        gap = i[:, None] - (torch.arange(start, stop, device=i.device) + j0)[None]
+        return ((gap >= self.gap[0]) & (gap <= self.gap[1]))[None, None]
+
+    def at(self, i: Int[Tensor, " row"], j0: int, j: Int[Tensor, "batch row place"]) -> Bool[Tensor, "batch row place"]:
+        if self.gap is None:
+            assert self.mask is not None
+            return self.mask.expand(j.shape[0], -1).gather(1, j.flatten(1)).view(j.shape)
+        gap = i[None, :, None] - (j + j0)
+        return (gap >= self.gap[0]) & (gap <= self.gap[1])
+
+
+def key_set(call: AttentionCall, name: str) -> KeySet:
+    """The keys a segment name means in this call."""
+    if call.labels is not None and name in call.labels.names:
+        return KeySet(mask=call.labels.keys == call.labels.names.index(name))
+    if name == "first":
+        return KeySet(mask=(torch.arange(call.keys, device=call.q.device) + call.j0 == 0)[None])
+    if name in RELATIVE_LAGS:
+        return KeySet(gap=(RELATIVE_LAGS[name],) * 2)
+    width = window_size(name)
+    if width is not None:
+        return KeySet(gap=(-width, width))
+    known = ", ".join(call.labels.names) if call.labels is not None else "none"
+    raise HeadwiseError(f"There is no segment {name!r} in this run: its segments are {known}.")
+
+
+def query_mask(call: AttentionCall, name: str | None) -> Bool[Tensor, "#batch query"] | None:
+    """The queries a segment name means; None = all."""
+    if name is None:
+        return None
+    if name == "first":
+        return (call.i == 0)[None]
+    if call.labels is None or name not in call.labels.names:
+        known = ", ".join(call.labels.names) if call.labels is not None else "none"
+        raise HeadwiseError(f"There is no segment {name!r} in this run: its segments are {known}.")
+    return call.labels.queries == call.labels.names.index(name)
+
+
+@dataclass(frozen=True)
+class Bias:
+    """`s += value * keys` for some heads and queries. `vector` over keys, or a set of keys times a value."""
+
+    heads: Int[Tensor, " chosen"]
+    value: float
+    keys: KeySet | None
+    vector: Float[Tensor, " key"] | None
+    queries: Bool[Tensor, "#batch query"] | None
+
+
+@dataclass(frozen=True)
+class Map_:
+    fn: Callable[[Tensor], Tensor]
+    heads: Int[Tensor, " chosen"]
+    keys: KeySet | None
+    queries: Bool[Tensor, "#batch query"] | None
+
+
+@dataclass(frozen=True)
+class Weigh:
+    edit: Reweight
+    heads: Int[Tensor, " chosen"]
+    groups: list[KeySet]
+    queries: Bool[Tensor, "#batch query"] | None
+
+
+@dataclass
+class Effects:
+    """All edits of one call, in the order they apply. `call` has Shift and Rebase in it already."""
+
+    call: AttentionCall
+    maps: list[Map_] = field(default_factory=list)
+    biases: list[Bias] = field(default_factory=list)
+    weighs: list[Weigh] = field(default_factory=list)
+    outputs: list[tuple[Blend | HeadGain, Int[Tensor, " chosen"]]] = field(default_factory=list)
+
+    @property
+    def changes_scores(self) -> bool:
+        return bool(self.maps or self.biases or self.weighs)
+
+    def select(self, call: AttentionCall, rows: Tensor | None, heads: list[int] | None) -> Effects:
+        """The same effects for a call that holds some rows and heads of this one's."""
+
+        def fewer(effect):
+            queries = effect.queries
+            if queries is not None and rows is not None:
+                queries = queries[:, rows.to(queries.device)]
+            chosen = effect.heads
+            if heads is not None:
+                places = [heads.index(int(h)) for h in chosen if int(h) in heads]
+                chosen = torch.tensor(places, dtype=torch.long, device=chosen.device)
+            return replace(effect, queries=queries, heads=chosen)
+
+        picked = [[fewer(e) for e in kind] for kind in (self.maps, self.biases, self.weighs)]
+        return Effects(call, *([e for e in kind if len(e.heads)] for kind in picked))
+
+
+def resolve(call: AttentionCall, edits: Sequence[tuple[Edit, list[int]]]) -> Effects:
+    """Edits with the heads they are for, made concrete for this call."""
+    device = call.q.device
+    for edit, heads in edits:
+        if isinstance(edit, Shift):
+            call = shifted(call, edit, heads)
+    for edit, heads in edits:
+        if isinstance(edit, Rebase):
+            call = rebase(call, edit, heads)
+    effects = Effects(call)
+    for edit, heads in edits:
+        index = torch.tensor(heads, device=device)
+        if isinstance(edit, ScoreMap):
+            keys = None if edit.keys is None else key_set(call, edit.keys)
+            effects.maps.append(Map_(edit.fn, index, keys, query_mask(call, edit.queries)))
+        elif isinstance(edit, ScoreBias):
+            effects.biases.append(_bias(call, edit, index))
+        elif isinstance(edit, Reweight):
+            groups = [key_set(call, g) for g in edit.groups]
+            effects.weighs.append(Weigh(edit, index, groups, query_mask(call, edit.queries)))
+        elif isinstance(edit, (Blend, HeadGain)):
+            effects.outputs.append((edit, index))
+    effects.outputs.sort(key=lambda pair: isinstance(pair[0], HeadGain))
+    return effects
+
+
+def _bias(call: AttentionCall, edit: ScoreBias, index: Tensor) -> Bias:
+    vector, keys = None, None
+    if isinstance(edit.keys, Tensor):
+        vector = edit.keys.to(call.q.device)
+        if call.j0 or len(vector) != call.keys:
+            # The vector speaks of positions: keys past its end (generated later) get no bias.
+            position = torch.arange(call.keys, device=call.q.device) + call.j0
+            if len(vector) > int(position[-1]) + 1:
+                raise HeadwiseError(
+                    f"ScoreBias(keys=...) has {len(vector)} entries, but the text has {int(position[-1]) + 1} tokens."
+                )
+            padded = torch.cat([vector, vector.new_zeros(max(0, int(position[-1]) + 1 - len(vector)))])
+            vector = padded[position]
+    elif edit.keys is not None:
+        keys = key_set(call, edit.keys)
+    return Bias(index, float(edit.value), keys, vector, query_mask(call, edit.queries))
+
+
+def expand_kv(call: AttentionCall) -> AttentionCall:
+    """One key-value head for every query head, where an edit treats heads of a group differently."""
+    if call.group == 1:
+        return call
+    return replace(call, k=call.k.repeat_interleave(call.group, 1), v=call.v.repeat_interleave(call.group, 1))
+
+
+def shifted(call: AttentionCall, edit: Shift, heads: list[int]) -> AttentionCall:
+    index = torch.tensor(heads, device=call.q.device)
+
+    def moved(x: Tensor, d: Tensor, tokens: Tensor | None, what: str) -> Tensor:
+        if d.shape[-1] != x.shape[-1] or d.ndim > 2 or (d.ndim == 2 and len(d) != len(heads)):
+            raise HeadwiseError(
+                f"Shift({what}=...) must have shape [{x.shape[-1]}] or [{len(heads)}, {x.shape[-1]}]; "
+                f"got {tuple(d.shape)}."
+            )
+        step = d.to(x).expand(len(heads), -1)[None, :, None]
+        if tokens is not None:
+            step = step * tokens[:, None, :, None]
+        x = x.clone()
+        x[:, index] = x[:, index] + step
+        return x
+
+    if edit.q is not None:
+        call = replace(call, q=moved(call.q, edit.q, query_mask(call, edit.tokens), "q"))
+    if edit.k is not None:
+        call = expand_kv(call)
+        tokens = None if edit.tokens is None else key_set(call, edit.tokens).mask
+        call = replace(call, k=moved(call.k, edit.k, tokens, "k"))
+    return call
+
+
+def finish(
+    effects: Effects,
+    out: Float[Tensor, "batch heads query value_dim"],
+    uniform: Callable[[AttentionCall], Tensor],
+) -> Float[Tensor, "batch heads query value_dim"]:
+    """Blend and HeadGain on the heads' outputs. `uniform(call)` attends with equal weights to all keys seen."""
+    call = effects.call
+    for edit, index in effects.outputs:
+        out = out.clone()
+        if isinstance(edit, Blend):
+            target = _target(call, edit, index, uniform).to(out)
+            out[:, index] = (1 - edit.alpha) * out[:, index] + edit.alpha * target
+            continue
+        new = _gained(call, edit, out[:, index])
+        tokens = query_mask(call, edit.tokens)
+        out[:, index] = new if tokens is None else torch.where(tokens[:, None, :, None], new, out[:, index])
+    return out
+
+
+def _target(call: AttentionCall, edit: Blend, index: Tensor, uniform: Callable[[AttentionCall], Tensor]) -> Tensor:
+    part = call.select(heads=index.tolist())
+    if edit.target == "uniform":
+        return uniform(part)
+    if edit.target == "mean":
+        valid = call.mask.key_valid
+        if valid is None:
+            return part.v.mean(2, keepdim=True)
+        share = (valid / valid.sum(1, keepdim=True).clamp(min=1)).to(part.v)
+        return (part.v * share[:, None, :, None]).sum(2, keepdim=True)
+    own = call.i - call.j0
+    if int(own.min()) < 0 or int(own.max()) >= call.keys:
+        raise HeadwiseError(f'Blend(target="own") needs self-attention; {call.site and call.site.name} attends elsewhere.')
+    return part.v[:, :, own]
+
+
+def _gained(call: AttentionCall, edit: HeadGain, z: Tensor) -> Tensor:
+    if isinstance(edit.gain, Tensor):
+        try:
+            return edit.gain.to(z).expand_as(z)
+        except RuntimeError:
+            raise HeadwiseError(
+                f"HeadGain(gain=...) must broadcast to {tuple(z.shape)}; got {tuple(edit.gain.shape)}."
+            ) from None
+    if edit.gain == "mean":
+        share = call.valid() / call.valid().sum(1, keepdim=True).clamp(min=1)
+        return (z * share.to(z)[:, None, :, None]).sum(2, keepdim=True).expand_as(z)
+    if edit.gain == "resample":
+        if z.shape[0] < 2:
+            raise HeadwiseError('HeadGain(gain="resample") takes another sample\'s output: give a batch of 2 or more.')
+        return z.roll(1, 0)
+    return z * float(edit.gain)

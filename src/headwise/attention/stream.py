@@ -1,0 +1,343 @@
+"""The same as `dense.py`, in blocks of queries and keys: any device, memory linear in the length.
+
+For a block of queries the keys are walked in tiles with a running maximum m, normaliser l and sums; the sums that are
+linear in the weights (output, masses) ride along in one matrix product. The tile is worked on in place while it is in
+cache. Readings that need the finished weights (column sums, rows, top k) walk the tiles a second time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from headwise.attention.call import AttentionCall
+from headwise.attention.collect import Collector
+from headwise.attention.dense import BLOCKED, Values, propagate_rows
+from headwise.attention.effects import Effects, key_set
+from headwise.attention.mask import cut
+from headwise.attention.readings import (
+    RELATIVE_LAGS,
+    At,
+    Distance,
+    Entropy,
+    LogSumExp,
+    Map,
+    Mass,
+    Propagate,
+    Reading,
+    Received,
+    Scores,
+    SegmentEntropy,
+    Top,
+    concrete,
+)
+
+NEG = -1e30
+"""Stands for -inf inside a tile, where 0 * -inf would be nan."""
+LANE = 64
+"""Tiles are multiples of this wide; the place of a maximum is looked for in one lane only."""
+TILE = 2048
+ROWS = 256
+BUFFER = 4 * 2**20
+"""Entries of one tile over all samples and heads: two such buffers are held."""
+
+
+@dataclass
+class Wants:
+    """What the sweep has to keep, read off the readings."""
+
+    output: bool
+    labels: list[str] = field(default_factory=list)
+    windows: list[str] = field(default_factory=list)
+    lags: list[str] = field(default_factory=list)
+    columns: list[Reading] = field(default_factory=list)
+    entropy: bool = False
+    inner: list[str] = field(default_factory=list)
+    distance: bool = False
+    top: bool = False
+    second: list[Reading] = field(default_factory=list)
+    places: list[At | Scores] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, call: AttentionCall, readings: Sequence[Reading], output: bool) -> Wants:
+        wants = cls(output)
+        known = call.labels.names if call.labels else ()
+        for reading in readings:
+            if isinstance(reading, Mass):
+                for name in concrete(reading.segments, known):
+                    kind = (
+                        wants.labels
+                        if name in known or name == "first"
+                        else wants.lags
+                        if name in RELATIVE_LAGS
+                        else wants.windows
+                    )
+                    if name not in kind:
+                        kind.append(name)
+            elif isinstance(reading, SegmentEntropy):
+                for name in concrete(reading.segments, known):
+                    wants.inner += [name] * (name not in wants.inner)
+                    wants.labels += [name] * (name not in wants.labels)
+            elif isinstance(reading, Entropy):
+                wants.entropy = True
+            elif isinstance(reading, Distance):
+                wants.distance = True
+            elif isinstance(reading, Top) and reading.k == 1:
+                wants.top = True
+            elif isinstance(reading, (At, Scores)):
+                wants.places.append(reading)
+            elif isinstance(reading, Propagate) and reading.side == "right":
+                wants.columns.append(reading)
+            elif isinstance(reading, (Top, Received, Propagate, Map)):
+                wants.second.append(reading)
+            elif not isinstance(reading, LogSumExp):
+                raise TypeError(f"{type(reading).__name__} is not read off the weights.")
+        return wants
+
+
+class Sweep:
+    """One call, walked block by block. Every row-wise tensor of a block is [batch, heads, row]."""
+
+    def __init__(self, effects: Effects, wants: Wants):
+        call = effects.call
+        self.effects, self.call, self.wants = effects, call, wants
+        self.dtype = call.q.dtype if call.q.dtype == torch.float64 else torch.float32
+        kv = call.k.shape[1]
+        self.width = -(-call.keys // LANE) * LANE
+        pad = (0, 0, 0, self.width - call.keys)
+        self.k = torch.nn.functional.pad(call.k.to(self.dtype), pad).flatten(0, 1).transpose(1, 2)
+        self.q = (call.q.to(self.dtype) * call.scale).unflatten(1, (kv, call.group))
+        members = [key_set(call, n).mask.expand(call.batch, -1) for n in wants.labels]  # type: ignore[union-attr]
+        riders = [m[..., None].to(self.dtype) for m in members]
+        riders += [propagate_rows(r, call).to(self.dtype)[None].expand(call.batch, -1, -1) for r in wants.columns]
+        parts = [call.v.to(self.dtype)] if wants.output else []
+        parts += [r[:, None].expand(-1, kv, -1, -1) for r in riders]
+        self.sizes = [p.shape[-1] for p in parts]
+        self.riders = torch.nn.functional.pad(torch.cat(parts, -1), pad).flatten(0, 1) if parts else None
+        inner = [members[wants.labels.index(n)].to(self.dtype) for n in wants.inner]
+        self.inner = torch.nn.functional.pad(torch.stack(inner, -1), pad) if inner else None
+        added = call.mask.added
+        self.added = None if added is None else added.to(self.dtype).clamp(min=NEG)
+        self.vectors = [
+            None if b.vector is None else (b.vector.to(self.dtype) * b.value).clamp(min=NEG) for b in effects.biases
+        ]
+        rows = BUFFER // (call.batch * call.heads * min(TILE, self.width))
+        self.rows = max(8, min(ROWS, rows))
+        size = call.batch * call.heads * min(self.rows, call.queries) * min(TILE, self.width)
+        self.buffers = [torch.empty(size, dtype=self.dtype, device=call.q.device) for _ in range(2)]
+
+    def blocks(self) -> Iterator[slice]:
+        for start in range(0, self.call.queries, self.rows):
+            yield slice(start, min(start + self.rows, self.call.queries))
+
+    def tiles(self, rows: slice) -> list[tuple[int, int]]:
+        call = self.call
+        start, stop = call.mask.extent(call.i[rows], call.j0, call.keys)
+        if start >= stop:
+            return []
+        start, stop = start // LANE * LANE, -(-stop // LANE) * LANE
+        return [(a, min(a + TILE, stop)) for a in range(start, stop, TILE)]
+
+    def buffer(self, number: int, rows: slice, width: int) -> Tensor:
+        shape = (self.call.batch, self.call.heads, rows.stop - rows.start, width)
+        return self.buffers[number][: shape[0] * shape[1] * shape[2] * shape[3]].view(shape)
+
+    def scores(self, rows: slice, start: int, stop: int, factors: list[Tensor]) -> Tensor:
+        """The edited, masked scores of one tile, in the first buffer: [batch, heads, row, column]."""
+        call, effects = self.call, self.effects
+        s = self.buffer(0, rows, stop - start)
+        kv = call.k.shape[1]
+        q = self.q[:, :, :, rows].reshape(call.batch * kv, -1, call.q.shape[-1])
+        torch.bmm(q, self.k[..., start:stop], out=s.view(call.batch * kv, -1, stop - start))
+        if call.softcap is not None:
+            s.div_(call.softcap).tanh_().mul_(call.softcap)
+        end = min(stop, call.keys)
+        body = s[..., : end - start]
+        if call.bias is not None:
+            body += cut(call.bias, rows, start, end).to(self.dtype)
+        i = call.i[rows]
+        for change in effects.maps:
+            part = body[:, change.heads]
+            chosen = torch.ones((), dtype=torch.bool, device=s.device)
+            if change.keys is not None:
+                chosen = chosen & change.keys.block(i, call.j0, start, end)
+            if change.queries is not None:
+                chosen = chosen & change.queries[:, None, rows, None]
+            body[:, change.heads] = torch.where(chosen, change.fn(part), part)
+        for bias, vector in zip(effects.biases, self.vectors, strict=True):
+            self._bias(body, bias, vector, rows, i, start, end)
+        for factor, weigh in zip(factors, effects.weighs, strict=False):
+            self._factor(body, factor, weigh, i, start, end)
+        if self.added is not None:
+            body += cut(self.added, rows, start, end)
+        for a, b, seen in call.mask.parts(i, rows, call.j0, start, end):
+            s[..., a - start : b - start].masked_fill_(~seen, NEG)
+        s[..., end - start :] = NEG
+        return s
+
+    def _bias(self, body: Tensor, bias, vector: Tensor | None, rows: slice, i: Tensor, start: int, end: int) -> None:
+        step: Tensor | float = max(bias.value, NEG) if vector is None else vector[start:end]
+        chosen = None if bias.keys is None else bias.keys.block(i, self.call.j0, start, end)
+        if bias.queries is not None:
+            of = bias.queries[:, None, rows, None]
+            chosen = of if chosen is None else chosen & of
+        step = torch.as_tensor(step, dtype=self.dtype, device=body.device)
+        step = step if chosen is None else torch.where(chosen, step, 0.0)
+        if len(bias.heads) == self.call.heads:
+            body += step
+        else:
+            body[:, bias.heads] += step
+
+    def _factor(self, body: Tensor, factor: Tensor, weigh, i: Tensor, start: int, end: int) -> None:
+        """Reweight as a bias: the log of each row's factor for the keys of each group."""
+        part = body[:, weigh.heads]
+        for number, group in enumerate(weigh.groups):
+            chosen = group.block(i, self.call.j0, start, end)
+            part = torch.where(chosen, part + factor[..., number, None], part)
+        body[:, weigh.heads] = part
+
+    def sweep(self, rows: slice, factors: list[Tensor], lse: Tensor | None = None, full: bool = True) -> Block:
+        """One walk over the keys. With `lse` given, weights are exp(s - lse): Reweight keeps the old normaliser."""
+        call = self.call
+        shape = (call.batch, call.heads, rows.stop - rows.start)
+        block = Block(self.q.new_full(shape, NEG), self.q.new_zeros(shape), self.q.new_zeros(shape))
+        if call.sinks is not None:
+            block.m = call.sinks.to(self.dtype)[None, :, None].expand(shape).clone()
+            block.total += 1
+        i = call.i[rows]
+        block.tiles = self.tiles(rows)
+        for start, stop in block.tiles:
+            s = self.scores(rows, start, stop, factors)
+            high = block.find_top(s, start) if full and self.wants.top else s.amax(-1)
+            block.raise_to(torch.maximum(block.m, high))
+            t = s.sub_(block.m[..., None])
+            p = torch.exp(t, out=self.buffer(1, rows, stop - start))
+            amount = p.sum(-1)
+            block.total += amount
+            block.mass += amount
+            if full:
+                self._collect(block, p, t, i, start, stop)
+        block.close(lse)
+        return block
+
+    def _collect(self, block: Block, p: Tensor, t: Tensor, i: Tensor, start: int, stop: int) -> None:
+        """Adds one tile to the sums. `t` is s - m and may be overwritten."""
+        call, wants = self.call, self.wants
+        if self.riders is not None:
+            flat = p.view(self.riders.shape[0], -1, stop - start)
+            block.add("riders", torch.bmm(flat, self.riders[:, start:stop]).view(*p.shape[:-1], -1))
+        for name in wants.windows:
+            inside = key_set(call, name).block(i, call.j0, start, stop)
+            block.add(name, (p * inside).sum(-1) if inside.any() else torch.zeros_like(block.m))
+        if wants.entropy or self.inner is not None:
+            spread = t.mul_(p)
+            block.add("spread", spread.sum(-1))
+            if self.inner is not None:
+                block.add("inner", torch.einsum("bhij,bjg->bhig", spread, self.inner[:, start:stop]))
+                block.add("inner_mass", torch.einsum("bhij,bjg->bhig", p, self.inner[:, start:stop]))
+        if wants.distance:
+            gap = (i[:, None] - torch.arange(start, stop, device=i.device) - call.j0).abs().to(self.dtype)
+            moment = torch.mul(p, gap, out=t)
+            block.add("distance", moment.sum(-1))
+            block.add("distance_sq", moment.mul_(gap).sum(-1))
+
+    def finished(
+        self, rows: slice, block: Block, factors: list[Tensor], reuse: bool = True
+    ) -> Iterator[tuple[int, int, Tensor]]:
+        """The finished weights, tile by tile: start, stop, a [batch, heads, row, column]. With one tile only, the
+        sweep's own is still in the buffer (`reuse`)."""
+        if reuse and len(block.tiles) == 1:
+            start, stop = block.tiles[0]
+            yield start, stop, self.buffer(1, rows, stop - start).mul_(block.share[..., None])
+            return
+        for start, stop in block.tiles:
+            t = self.scores(rows, start, stop, factors).sub_(block.base[..., None])
+            yield start, stop, torch.exp(t, out=self.buffer(1, rows, stop - start))
+
+    def factors(self, rows: slice) -> tuple[list[Tensor], Tensor | None]:
+        """Reweight: the log of every rule's factors [batch, heads chosen, row, group], and the normaliser they keep.
+        Each rule sees the masses its forerunners left."""
+        if not self.effects.weighs:
+            return [], None
+        block = self.sweep(rows, [], full=False)
+        i, found = self.call.i[rows], []
+        for weigh in self.effects.weighs:
+            masses = self.q.new_zeros(self.call.batch, len(weigh.heads), rows.stop - rows.start, len(weigh.groups))
+            for start, stop, a in self.finished(rows, block, found, reuse=False):
+                end = min(stop, self.call.keys)
+                part = a[:, weigh.heads, :, : end - start]
+                for number, group in enumerate(weigh.groups):
+                    masses[..., number] += (part * group.block(i, self.call.j0, start, end)).sum(-1)
+            log = weigh.edit.weights(masses).log().clamp(min=NEG)
+            found.append(log if weigh.queries is None else torch.where(weigh.queries[:, None, rows, None], log, 0.0))
+        return found, block.lse
+
+
+@dataclass
+class Block:
+    """Running sums of a block of rows: m, the maximum so far; total, the normaliser (sink included); mass, keys only;
+    `spread` is sum p (s - m)."""
+
+    m: Float[Tensor, "batch heads row"]
+    total: Float[Tensor, "batch heads row"]
+    mass: Float[Tensor, "batch heads row"]
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    tiles: list[tuple[int, int]] = field(default_factory=list)
+    top: Tensor | None = None
+    place: Tensor | None = None
+
+    def add(self, name: str, value: Tensor) -> None:
+        self.sums[name] = self.sums[name] + value if name in self.sums else value
+
+    def find_top(self, s: Tensor, start: int) -> Float[Tensor, "batch heads row"]:
+        """The tile's maximum per row; keeps where it is when it beats the tiles before."""
+        lanes = s.view(*s.shape[:-1], -1, LANE)
+        high, lane = lanes.amax(-1).max(-1)
+        best = lanes.gather(-2, lane[..., None, None].expand(*lane.shape, 1, LANE)).squeeze(-2)
+        place = start + lane * LANE + best.argmax(-1)
+        if self.top is None or self.place is None:
+            self.top, self.place = high, place
+        else:
+            better = high > self.top
+            self.top, self.place = torch.where(better, high, self.top), torch.where(better, place, self.place)
+        return high
+
+    def raise_to(self, m: Float[Tensor, "batch heads row"]) -> None:
+        """A new maximum: every sum so far shrinks by exp(old - new)."""
+        down = self.m - m
+        shrink = down.exp()
+        for name, of in (("spread", self.mass), ("inner", self.sums.get("inner_mass"))):
+            if name in self.sums and of is not None:
+                self.sums[name] = self.sums[name] + (down if of.ndim == 3 else down[..., None]) * of
+        for name, value in self.sums.items():
+            self.sums[name] = value * (shrink if value.ndim == 3 else shrink[..., None])
+        self.total, self.mass, self.m = self.total * shrink, self.mass * shrink, m
+
+    def close(self, lse: Float[Tensor, "batch heads row"] | None) -> None:
+        """Sets lse, base (what weights are normalised by) and share = exp(m - base); all 0 for rows that see nothing."""
+        dead = (self.m < BLOCKED) | (self.total == 0)
+        self.lse = (self.m + self.total.log()).masked_fill(dead, float("-inf")) if lse is None else lse
+        self.base = self.lse.masked_fill(dead, 0.0)
+        self.share = (self.m - self.base).exp().masked_fill(dead, 0.0)
+
+    lse: Tensor = field(init=False)
+    base: Tensor = field(init=False)
+    share: Tensor = field(init=False)
+
+
+def stream(
+    effects: Effects, readings: Sequence[Reading], output: bool = True
+) -> tuple[Float[Tensor, "batch heads query value_dim"] | None, dict[Reading, Values]]:
+    """The heads' outputs before Blend and HeadGain (None if not wanted), and the values of the readings."""
+    wants = Wants.of(effects.call, readings, output)
+    sweep = Sweep(effects, wants)
+    collector = Collector(sweep, readings)
+    for rows in sweep.blocks():
+        factors, lse = sweep.factors(rows)
+        block = sweep.sweep(rows, factors, lse)
+        collector.take(rows, block, factors)
+    return collector.out, collector.values
