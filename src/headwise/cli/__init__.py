@@ -1,0 +1,38 @@
+"""The command line. One file a command; whatever is heavy (torch, transformers) is imported inside the commands.
+
+Exit codes: 0 done; 1 done, and the answer is "no" (`doctor` found a layer out of reach, a study's claim fails);
+2 a mistake the caller can act on, told in one sentence.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from headwise.cli.doctor import doctor
+from headwise.cli.models import app as models
+from headwise.cli.scan import scan
+from headwise.cli.study import app as study
+from headwise.errors import HeadwiseError
+
+app = typer.Typer(
+    name="headwise",
+    help="Scan and study the attention heads of any model, at the speed of flash attention.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command()(scan)
+app.command()(doctor)
+app.add_typer(models)
+app.add_typer(study)
+
+
+def main() -> None:
+    """The entry point: a mistake becomes one line on stderr and exit code 2."""
+    try:
+        app()
+    except HeadwiseError as error:
+        print(f"headwise: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
