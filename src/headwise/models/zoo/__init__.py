@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from headwise.errors import HeadwiseError
-from headwise.models.zoo import cache, encoder, llm
+from headwise.models.zoo import cache, encoder, llm, speech, vit
 from headwise.models.zoo.entry import Entry
 
-ENTRIES: dict[str, Entry] = {module.ENTRY.name: module.ENTRY for module in (llm, encoder)}
+ENTRIES: dict[str, Entry] = {module.ENTRY.name: module.ENTRY for module in (llm, encoder, vit, speech)}
 
 
 @dataclass(frozen=True)
