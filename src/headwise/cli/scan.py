@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
@@ -57,7 +55,6 @@ def scan(
         queries="all" if queries is None else queries,
         seed=seed,
         progress=True,
-        command=shlex.join(["headwise", *sys.argv[1:]]),
     )
     if out_file is not None:
         with replacing(out_file) as unfinished:
