@@ -1,0 +1,37 @@
+"""Questions about heads: which are sinks, which look back one token, which do induction or retrieval?
+
+`scan.heads(opened, texts=[...])` asks all questions that fit; a question is a small class of its own file.
+"""
+
+from headwise.scan.copying import CopyHeads
+from headwise.scan.distance import Distance
+from headwise.scan.entropy import Entropy
+from headwise.scan.induction import InductionHeads
+from headwise.scan.needles import NEEDLES, Needle
+from headwise.scan.passes import Plan
+from headwise.scan.positional import PositionalHeads
+from headwise.scan.question import Column, Prompt, Question
+from headwise.scan.result import Scan
+from headwise.scan.retrieval import RetrievalHeads
+from headwise.scan.run import QUESTIONS, heads, plan
+from headwise.scan.sinks import Sinks
+
+__all__ = [
+    "NEEDLES",
+    "QUESTIONS",
+    "Column",
+    "CopyHeads",
+    "Distance",
+    "Entropy",
+    "InductionHeads",
+    "Needle",
+    "Plan",
+    "PositionalHeads",
+    "Prompt",
+    "Question",
+    "RetrievalHeads",
+    "Scan",
+    "Sinks",
+    "heads",
+    "plan",
+]
