@@ -12,6 +12,7 @@ from torch import Tensor
 from headwise.attention.mask import Mask
 
 if TYPE_CHECKING:
+    from headwise.attention.rope import Rotary
     from headwise.models.anatomy import Site
 
 
@@ -43,6 +44,8 @@ class AttentionCall:
     query_valid: Bool[Tensor, "batch query"] | None = None
     labels: Labels | None = None
     site: Site | None = None
+    rotary: Rotary | None = None
+    """The rotation q and k went through, where an edit wants to turn them again."""
     head_ids: list[int] | None = None
     """The numbers of the heads in q, where q holds some of the layer's only."""
 

@@ -49,7 +49,7 @@ def turn(
 
 def rebase(call: AttentionCall, edit: Rebase, heads: list[int]) -> AttentionCall:
     """The call with q and k of these heads turned from their own angles to the edit's."""
-    rotary: Rotary | None = getattr(call.site, "rotary", None)
+    rotary = call.rotary
     if rotary is None:
         where = call.site.name if call.site is not None else "this call"
         raise HeadwiseError(f"Rebase needs rotary embeddings headwise can read; {where} has none.")

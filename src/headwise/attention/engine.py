@@ -1,0 +1,252 @@
+"""Lowers one call to the cheapest path that is exact for it, and can say which and why.
+
+- library: PyTorch's own attention, where only the output is wanted and no edit needs the weights
+- dense:   the whole matrix, for small calls and where gradients must flow through an edited call
+- stream:  blocks of queries and keys, for the rest
+- fused:   one Triton kernel, on CUDA (fused.py)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from headwise.attention.call import AttentionCall
+from headwise.attention.dense import Values, dense
+from headwise.attention.edits import Edit
+from headwise.attention.effects import Effects, finish, resolve
+from headwise.attention.mask import Mask
+from headwise.attention.readings import HeadOutput, Inputs, Reading
+from headwise.attention.stream import stream
+from headwise.errors import HeadwiseError
+
+Path = Callable[[Effects, Sequence[Reading], bool], tuple[Tensor | None, dict[Reading, Values]]]
+
+DENSE_PLACES = 2**14
+"""Up to so many query-key pairs a head, the whole matrix is quicker than blocks (measured, 2 CPU cores)."""
+MASK_PLACES = 2**22
+"""Up to so many entries, a mask tensor may be built for PyTorch's own attention."""
+
+_forced: ContextVar[str | None] = ContextVar("headwise_path", default=None)
+
+
+@contextmanager
+def force_path(path: str) -> Iterator[None]:
+    """Every call inside takes this path ("dense" or "stream"): for tests and for finding a fault."""
+    if path not in PATHS:
+        raise HeadwiseError(f"force_path wants one of {', '.join(PATHS)}; got {path!r}.")
+    token = _forced.set(path)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A reading, for the rows and heads (places in the call; None = all) it wants of this call."""
+
+    reading: Reading
+    rows: Tensor | None = None
+    heads: tuple[int, ...] | None = None
+
+    @property
+    def where(self) -> tuple:
+        rows = None if self.rows is None else tuple(self.rows.tolist())
+        return rows, self.heads
+
+
+@dataclass
+class Result:
+    out: Float[Tensor, "batch heads query value_dim"]
+    values: list[Values]
+    path: str
+    reason: str
+
+
+def run_call(call: AttentionCall, edits: Sequence[tuple[Edit, list[int]]], parts: Sequence[Part]) -> Result:
+    """The output of an edited call, and for every part its values [batch, heads wanted, rows wanted, ...]."""
+    effects = resolve(call, edits)
+    call = effects.call
+    weights = [p for p in parts if not isinstance(p.reading, (HeadOutput, Inputs))]
+    whole = [p for p in weights if p.where == (None, None)]
+    path, reason = choose(effects, bool(whole))
+    values: dict[int, Values] = {}
+    with torch.set_grad_enabled(torch.is_grad_enabled() and path in ("library", "dense")):
+        out, read = PATHS[path](effects, [p.reading.key() for p in whole] if path != "library" else [], True)
+    assert out is not None
+    if whole and path == "library":
+        with torch.no_grad():
+            _, read = stream(effects, unique(whole), output=False)
+    values.update({id(p): read[p.reading.key()] for p in whole})
+    with torch.no_grad():
+        values.update(partial(effects, [p for p in weights if p.where != (None, None)]))
+    out = finish(effects, out.to(call.v.dtype), uniform)
+    with torch.no_grad():
+        values.update({id(p): plain(p, call, out) for p in parts if isinstance(p.reading, (HeadOutput, Inputs))})
+    return Result(out, [values[id(p)] for p in parts], path, reason)
+
+
+def unique(parts: Sequence[Part]) -> list[Reading]:
+    return list(dict.fromkeys(p.reading.key() for p in parts))
+
+
+def partial(effects: Effects, parts: Sequence[Part]) -> dict[int, Values]:
+    """Readings of some rows or heads: each selection is a call of its own, without the output."""
+    found: dict[int, Values] = {}
+    for where in dict.fromkeys(p.where for p in parts):
+        mine = [p for p in parts if p.where == where]
+        rows, heads = mine[0].rows, None if mine[0].heads is None else list(mine[0].heads)
+        if rows is not None and not len(rows):
+            continue
+        smaller = effects.select(effects.call.select(rows, heads), rows, heads)
+        name, _ = choose(smaller, True)
+        path = PATHS["stream" if name == "library" else name]
+        _, read = path(smaller, unique(mine), False)
+        found.update({id(p): read[p.reading.key()] for p in mine})
+    return {id(p): found.get(id(p), {}) for p in parts}
+
+
+def choose(effects: Effects, reads_all: bool) -> tuple[str, str]:
+    """The path for a call, and the reason in words."""
+    call = effects.call
+    forced = _forced.get()
+    if forced is not None:
+        return forced, "asked for by force_path"
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (call.q, call.k, call.v)):
+        if library_can(effects):
+            return "library", "gradients flow through PyTorch's own attention; readings are taken beside it"
+        return "dense", "gradients must flow through an edited call"
+    if not reads_all and library_can(effects):
+        return "library", "only the output is needed"
+    if call.queries * call.keys <= DENSE_PLACES:
+        return "dense", f"{call.queries} x {call.keys} is small"
+    return "stream", "blocks of queries and keys, no n x n matrix"
+
+
+def library_can(effects: Effects) -> bool:
+    """Whether PyTorch's attention gives this call's output exactly, without a large mask."""
+    call = effects.call
+    if effects.maps or effects.weighs or call.softcap is not None or call.sinks is not None:
+        return False
+    if not effects.biases and call.bias is None and library_form(call) is not None:
+        return True
+    per_head = bool(effects.biases) or call.bias is not None
+    return call.batch * call.queries * call.keys * (call.heads if per_head else 1) <= MASK_PLACES
+
+
+def library_form(call: AttentionCall) -> str | None:
+    """"causal" or "full" where no mask tensor is needed."""
+    mask = call.mask
+    if any(x is not None for x in (mask.left, mask.key_valid, mask.rule, mask.allowed, mask.added, mask.indices)):
+        return None
+    if mask.right is None or call.queries == 1 and call.j0 + call.keys - 1 <= int(call.i[0]) + mask.right:
+        return "full"
+    square = mask.right == 0 and call.queries == call.keys and int(call.i[0]) == call.j0
+    return "causal" if square else None
+
+
+def library(effects: Effects, readings: Sequence[Reading], output: bool) -> tuple[Tensor, dict[Reading, Values]]:
+    """PyTorch's own attention; edits that are score biases ride in its mask."""
+    call = effects.call
+    form = library_form(call)
+    mask = None
+    if form is None or effects.biases or call.bias is not None:
+        form = None
+        seen = call.mask.dense(call.i, call.j0, call.keys)
+        mask = bias_matrix(effects)
+        if mask is None:
+            # A row that sees nothing would be nan: let it see all, nobody reads it.
+            mask = seen | ~seen.any(-1, keepdim=True)
+        else:
+            mask = mask.masked_fill(~seen, torch.finfo(mask.dtype).min)
+    out = torch.nn.functional.scaled_dot_product_attention(
+        call.q,
+        call.k,
+        call.v,
+        attn_mask=mask,
+        is_causal=form == "causal",
+        scale=call.scale,
+        enable_gqa=call.group > 1,
+    )
+    return out, {}
+
+
+def bias_matrix(effects: Effects) -> Tensor | None:
+    """Position bias, additive mask and ScoreBias edits as one tensor, where there are any."""
+    call = effects.call
+    terms = [x.to(call.q.dtype) for x in (call.bias, call.mask.added) if x is not None]
+    total: Tensor | None = sum(terms[1:], terms[0]) if terms else None
+    if not effects.biases:
+        return total
+    shape = (call.batch, call.heads, call.queries, call.keys)
+    total = call.q.new_zeros(shape) if total is None else total.expand(shape).clone()
+    low = torch.finfo(total.dtype).min / 4
+    for bias in effects.biases:
+        step = torch.as_tensor(bias.value, dtype=total.dtype, device=total.device)
+        step = (step if bias.vector is None else step * bias.vector.to(total)).clamp(min=low)
+        chosen = torch.ones((), dtype=torch.bool, device=total.device)
+        if bias.keys is not None:
+            chosen = chosen & bias.keys.block(call.i, call.j0, 0, call.keys)
+        if bias.queries is not None:
+            chosen = chosen & bias.queries[:, None, :, None]
+        total[:, bias.heads] = total[:, bias.heads] + torch.where(chosen, step, 0.0)
+    return total
+
+
+def uniform(call: AttentionCall) -> Tensor:
+    """Equal weights on all keys a query sees: the same call with all scores 0."""
+    mask: Mask = replace(call.mask, added=None, allowed=call.mask.allowed)
+    if call.mask.added is not None:
+        seen = call.mask.added > -1e29
+        mask.allowed = seen if mask.allowed is None else mask.allowed & seen
+    flat = replace(call, q=torch.zeros_like(call.q), softcap=None, sinks=None, bias=None, mask=mask)
+    path, _ = choose(Effects(flat), False)
+    out, _ = PATHS[path](Effects(flat), [], True)
+    assert out is not None
+    return out
+
+
+def plain(part: Part, call: AttentionCall, out: Tensor) -> Values:
+    """Readings that are no reduction of the weights: outputs and inputs."""
+    if isinstance(part.reading, HeadOutput):
+        z = _pick(out, part)
+        if part.reading.what == "vector":
+            return {"head_output": z}
+        if part.reading.what == "norm":
+            return {"head_output_norm": z.norm(dim=-1)}
+        assert call.site is not None
+        heads = list(range(call.heads)) if part.heads is None else list(part.heads)
+        w = call.site.W_O
+        norms = [(z[:, n].to(w.dtype) @ w[call.head_ids[h]]).norm(dim=-1) for n, h in enumerate(heads)]  # type: ignore[index]
+        return {"residual_norm": torch.stack(norms, 1)}
+    values: Values = {}
+    new = call.i - call.j0
+    for what in part.reading.what:  # type: ignore[attr-defined]
+        if what == "q":
+            values["input_q"] = _pick(call.q, part)
+            continue
+        x = call.k if what == "k" else call.v
+        if call.site is None or call.site.kind == "self":
+            x = x[:, :, new[(new >= 0) & (new < call.keys)]]
+        x = x.repeat_interleave(call.group, 1)
+        values[f"input_{what}"] = _pick(x, Part(part.reading, part.rows if x.shape[2] == call.queries else None, part.heads))
+    return values
+
+
+def _pick(x: Tensor, part: Part) -> Tensor:
+    x = x if part.heads is None else x[:, list(part.heads)]
+    return x if part.rows is None else x[:, :, part.rows.to(x.device)]
+
+
+PATHS: dict[str, Path] = {
+    "library": library,
+    "dense": lambda effects, readings, output: dense(effects, readings),
+    "stream": stream,
+}

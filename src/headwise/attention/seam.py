@@ -1,0 +1,380 @@
+"""How we get in, and out again: transformers' attention registry, and a function mode for the rest.
+
+A `Session` is attached to one model while at least one `attend` is open on it. Every attention call of the model comes
+to `Session.call`, which asks the open runs for their readings and edits and the engine for the result.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from headwise.attention.carrier import Carrier, carry
+from headwise.attention.engine import run_call
+from headwise.attention.function_mode import FunctionMode
+from headwise.attention.mask import Mask
+from headwise.attention.call import AttentionCall
+from headwise.errors import HeadwiseError
+from headwise.models.anatomy import Site, attention_kind, find_sites, guess_stream
+
+if TYPE_CHECKING:
+    from headwise.attention.run import Run
+
+NAME = "headwise"
+"""The registered name: none of transformers' own substrings (sdpa, flash, flex_attention) may be in it."""
+
+_sessions: WeakKeyDictionary[nn.Module, Session] = WeakKeyDictionary()
+"""Every module of an attached model -> its session."""
+_originals: dict[int, str] = {}
+"""id(config) -> the back end it named before we came."""
+
+
+class Frame:
+    """One forward of the whole model: which sites were called, and how much came before it in a cache."""
+
+    def __init__(self, past: int):
+        self.past = past
+        self.calls: Counter[str] = Counter()
+
+
+class Session:
+    """One attached model: its sites, the open runs, and the forward under way."""
+
+    def __init__(self, model: nn.Module, sites: list[Site] | None = None):
+        self.model = model
+        self.names = {module: name for name, module in model.named_modules()}
+        self.sites = sites if sites is not None else find_sites(model)
+        self.by_module = {site.module: site for site in self.sites}
+        self.how = {site.name: entrance(site.module) for site in self.sites}
+        self.runs: list[Run] = []
+        self.frame: Frame | None = None
+        self.depth = 0
+        self.stack: list[nn.Module] = []
+        self.ran: set[str] = set()
+        self.reached: dict[str, str] = {}
+        self.refused: dict[str, str] = {}
+
+    def site_of(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor) -> Site:
+        """The site of a calling module; one nobody foresaw is added, and said to be so in the report."""
+        site = self.by_module.get(module)
+        if site is None:
+            name = self.names.get(module, type(module).__name__)
+            near = [s for s in self.sites if s.name.startswith(name + ".") or name.startswith(s.name + ".")]
+            if len(near) == 1:
+                site = near[0]
+            else:
+                kind = attention_kind(module, name)
+                stream = guess_stream(self.model, name, kind)
+                layer = sum(s.stream == stream for s in self.sites)
+                site = Site.from_call(module, name, stream, layer, q.shape[1], k.shape[1], q.shape[-1], v.shape[-1], kind)
+                self.sites.append(site)
+                self.how[name] = "found by its call"
+            self.by_module[module] = site
+        return site
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Everything that touches the model, undone in the reverse order whatever happens."""
+        with ExitStack() as stack:
+            for module in self.names:
+                if module in _sessions:
+                    raise HeadwiseError("This model is part of a larger one that is under attend: attend to that one.")
+            for module in self.names:
+                _sessions[module] = self
+                stack.callback(_sessions.pop, module, None)
+            ways = set(self.how.values())
+            if "registry" in ways:
+                stack.enter_context(named(self.model))
+            stack.enter_context(self._hooks(every=ways != {"registry"}))
+            if ways != {"registry"}:
+                self.mode = stack.enter_context(FunctionMode(self))
+            yield
+
+    @contextmanager
+    def _hooks(self, every: bool) -> Iterator[None]:
+        """Frames at the model's entrances; who is calling, where the call itself doesn't say."""
+        with ExitStack() as stack:
+            entrances = {self.model, *self._encoders()}
+            for module in entrances:
+                stack.callback(module.register_forward_pre_hook(self._enter, with_kwargs=True, prepend=True).remove)
+                stack.callback(module.register_forward_hook(self._leave, always_call=True).remove)
+            for module in self.names if every else [s.module for s in self.sites]:
+                stack.callback(module.register_forward_pre_hook(self._push).remove)
+                stack.callback(module.register_forward_hook(self._pop, always_call=True).remove)
+            yield
+
+    def _encoders(self) -> set[nn.Module]:
+        """Sub-models that generate() calls by themselves, outside a forward of the whole."""
+        getter = getattr(self.model, "get_encoder", None)
+        try:
+            encoder = getter() if getter is not None else None
+        except (AttributeError, TypeError, KeyError):
+            encoder = None
+        return {encoder} if isinstance(encoder, nn.Module) and encoder in self.names else set()
+
+    def _enter(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if self.depth == 0:
+            self.frame = Frame(past_length(kwargs))
+            for run in self.runs:
+                run.begin()
+        self.depth += 1
+
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.depth = max(0, self.depth - 1)
+        if self.depth == 0:
+            self.frame = None
+
+    def _push(self, module: nn.Module, args: Any) -> None:
+        self.stack.append(module)
+        site = self.by_module.get(module)
+        if site is not None:
+            self.ran.add(site.name)
+
+    def _pop(self, module: nn.Module, args: Any, output: Any) -> None:
+        while self.stack and self.stack.pop() is not module:
+            pass
+
+    def owner(self) -> nn.Module:
+        """The innermost module under way that is an attention site, else the innermost of all."""
+        for module in reversed(self.stack):
+            if module in self.by_module:
+                return module
+        return self.stack[-1] if self.stack else self.model
+
+    def call(self, call: AttentionCall, module: nn.Module, how: str) -> Tensor:
+        """One attention call through all open runs: [batch, heads, query, value_dim]."""
+        site = call.site = self.site_of(module, call.q, call.k, call.v)
+        frame = self.frame or Frame(0)
+        number = frame.calls[site.name]
+        frame.calls[site.name] += 1
+        asked = [run.ask(call, site, number, frame) for run in self.runs]
+        edits = [pair for ask in asked for pair in ask.edits]
+        parts = [part for ask in asked for part in ask.parts]
+        for ask in asked:
+            if ask.labels is not None:
+                call.labels = ask.labels
+        result = run_call(call, edits, parts)
+        self.reached[site.name] = how
+        position = 0
+        for run, ask in zip(self.runs, asked, strict=True):
+            run.take(ask, call, result, result.values[position : position + len(ask.parts)])
+            position += len(ask.parts)
+        return result.out
+
+
+def entrance(module: nn.Module) -> str:
+    """How an attention module can be entered, judged by its source: "registry", "function-mode" or "none: why"."""
+    if isinstance(module, nn.MultiheadAttention):
+        return "function-mode"
+    texts = []
+    for cls in type(module).__mro__:
+        if cls is nn.Module:
+            break
+        try:
+            texts.append(inspect.getsource(cls))
+        except (OSError, TypeError):
+            continue
+    processor = getattr(module, "processor", None)
+    if processor is not None:
+        texts.append(inspect.getsource(type(processor)))
+    text = "\n".join(texts)
+    if ".get_interface(" in text or "ALL_ATTENTION_FUNCTIONS[" in text:
+        return "registry"
+    if "scaled_dot_product_attention" in text or "multi_head_attention_forward" in text or "dispatch_attention_fn" in text:
+        return "function-mode"
+    if not text:
+        return "function-mode"
+    return f"none: {type(module).__name__} multiplies its attention out by hand"
+
+
+def past_length(kwargs: dict) -> int:
+    """Tokens already in the cache a forward was given."""
+    cache = kwargs.get("past_key_values")
+    if cache is None:
+        cache = kwargs.get("cache_params")
+    length = getattr(cache, "get_seq_length", None)
+    try:
+        return int(length()) if length is not None else 0
+    except (TypeError, ValueError, IndexError):
+        return 0
+
+
+@contextmanager
+def named(model: nn.Module) -> Iterator[None]:
+    """All configs of the model name our back end; each gets its own name back."""
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface
+
+    AttentionInterface.register(NAME, registered)
+    AttentionMaskInterface.register(NAME, masked)
+    own = getattr(sys.modules.get(type(model).__module__), "ALL_ATTENTION_FUNCTIONS", None)
+    configs: dict[int, Any] = {}
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if config is not None and hasattr(config, "_attn_implementation_internal"):
+            _collect(config, configs)
+    with ExitStack() as stack:
+        for config in configs.values():
+            before = config._attn_implementation_internal
+            stack.callback(_restore, config, before, "_attn_implementation_internal" in vars(config))
+            _originals[id(config)] = before or "sdpa"
+            config._attn_implementation_internal = NAME
+        if own is not None and NAME not in own:
+            own[NAME] = registered
+            stack.callback(own.pop, NAME, None)
+        yield
+
+
+def _collect(config: Any, found: dict[int, Any]) -> None:
+    found[id(config)] = config
+    for key in getattr(config, "sub_configs", {}):
+        sub = getattr(config, key, None)
+        if sub is not None and hasattr(sub, "_attn_implementation_internal") and id(sub) not in found:
+            _collect(sub, found)
+
+
+def _restore(config: Any, before: Any, own: bool) -> None:
+    _originals.pop(id(config), None)
+    if own:
+        config._attn_implementation_internal = before
+    else:
+        vars(config).pop("_attn_implementation_internal", None)
+
+
+def masked(*args: Any, **kwargs: Any) -> Carrier:
+    """The mask function registered with transformers."""
+    return carry(_originals.get(id(kwargs.get("config")), "sdpa"), **kwargs)
+
+
+def registered(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """The attention function registered with transformers: [batch, heads, query, dim] in, [batch, query, heads, dim] out."""
+    session = _sessions.get(module)
+    if session is None:
+        raise HeadwiseError(
+            f"{type(module).__name__} was put into the model after attend began: enter attend again to reach it."
+        )
+    if kwargs.get("cache") is not None and hasattr(kwargs["cache"], "update"):
+        key, value = kwargs["cache"].update(key, value, getattr(module, "layer_idx", 0), kwargs)
+    if kwargs.get("dropout"):
+        raise HeadwiseError(f"{session.names[module]} uses attention dropout: call model.eval() before attend.")
+    call = describe(session, module, query, key, value, attention_mask, kwargs)
+    out = session.call(call, module, "registry")
+    return out.transpose(1, 2).contiguous(), None
+
+
+def describe(
+    session: Session, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, given: Any, kwargs: dict[str, Any]
+) -> AttentionCall:
+    """An AttentionCall from what transformers hands over; its order of score operations is the contract's."""
+    scale = kwargs.get("scaling")
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    past = session.frame.past if session.frame is not None else 0
+    keys, queries = k.shape[2], q.shape[2]
+    bias = kwargs.get("position_bias")
+    if isinstance(bias, Tensor) and bias.shape[-1] > keys:
+        bias = bias[..., :keys]
+    sinks = kwargs.get("s_aux")
+    indices = kwargs.get("indices")
+    mask, offset, j0, valid = read_mask(given, q, keys, queries, past)
+    if given is None:
+        causal = kwargs.get("is_causal")
+        causal = getattr(module, "is_causal", False) if causal is None else causal
+        if causal and queries > 1:
+            mask.right = 0
+            offset = keys - queries
+    if isinstance(indices, Tensor):
+        mask.indices = indices.long()
+    return AttentionCall(
+        q=q,
+        k=k,
+        v=v,
+        scale=scale,
+        mask=mask,
+        softcap=kwargs.get("softcap"),
+        sinks=sinks,
+        bias=bias,
+        i=torch.arange(queries, device=q.device) + offset,
+        j0=j0,
+        query_valid=valid,
+    )
+
+
+def read_mask(
+    given: Any, q: Tensor, keys: int, queries: int, past: int
+) -> tuple[Mask, int, int, Tensor | None]:
+    """A mask in any form a model hands over: None, our carrier, a bool or additive tensor, a BlockMask."""
+    if given is None:
+        return Mask(batch=q.shape[0]), past, 0, None
+    if isinstance(given, Carrier):
+        spec = given.spec
+        mask = fitted(spec.mask, keys, q.shape[0])
+        rows = given.shape[2]
+        start = spec.offset + rows - queries if rows >= queries else spec.offset
+        return mask, start, spec.j0, query_validity(spec.padding, start, queries, q.shape[0])
+    if not isinstance(given, Tensor):
+        mod = getattr(given, "mask_mod", None)
+        if mod is None:
+            raise HeadwiseError(f"The attention mask is a {type(given).__name__}, which headwise can't read.")
+        return Mask(rule=mod, vmap=True, batch=q.shape[0]), past, 0, None
+    mask = Mask(batch=q.shape[0])
+    tensor = given if given.ndim == 4 else given[None] if given.ndim == 3 else given[None, None]
+    tensor = tensor[..., :keys]
+    if tensor.dtype == torch.bool:
+        mask.allowed = tensor
+    else:
+        mask.added = tensor
+    return mask, past, 0, None
+
+
+def fitted(mask: Mask, keys: int, batch: int) -> Mask:
+    """A carrier's mask for a layer whose keys are fewer or more than were asked for (evicted, shared, beams)."""
+    if mask.key_valid is not None and mask.key_valid.shape[1] != keys:
+        if mask.key_valid.shape[1] < keys:
+            raise HeadwiseError(
+                f"A layer has {keys} keys, but the padding mask knows {mask.key_valid.shape[1]}: pass an attention_mask "
+                "for all of them."
+            )
+        return Mask(mask.left, mask.right, mask.key_valid[:, :keys], mask.rule, mask.vmap, batch=batch)
+    return mask
+
+
+def query_validity(padding: Tensor | None, start: int, queries: int, batch: int) -> Tensor | None:
+    """Which queries are tokens and not padding, as far as the padding mask reaches."""
+    if padding is None or padding.ndim != 2 or padding.shape[1] < start + queries or padding.shape[0] != batch:
+        return None
+    valid = padding[:, start : start + queries]
+    return None if bool(valid.all()) else valid
+
+
+_open: WeakKeyDictionary[nn.Module, Session] = WeakKeyDictionary()
+
+
+@contextmanager
+def joined(model: nn.Module, run: Run, sites: list[Site] | None) -> Iterator[Session]:
+    """The model's session with `run` among its open runs; made for the first one, taken off after the last."""
+    session = _open.get(model)
+    if session is not None:
+        session.runs.append(run)
+        try:
+            yield session
+        finally:
+            session.runs.remove(run)
+        return
+    session = Session(model, sites)
+    session.runs.append(run)
+    with session.attached():
+        _open[model] = session
+        try:
+            yield session
+        finally:
+            _open.pop(model, None)
