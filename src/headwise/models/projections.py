@@ -33,18 +33,21 @@ QUERY_AND_FUSED = (("q_attn", "c_attn"), ("q", "kv"), ("q_proj", "kv_proj"), ("t
 OUTPUT = (
     "o_proj", "out_proj", "o", "out_lin", "to_out", "proj", "dense", "c_proj", "wo", "out", "output_proj", "output",
     "linear_out", "post_proj", "final_linear", "Wo", "o_linear", "output_linear", "projection", "to_output",
+    "projection_layer",
 )  # fmt: skip
 
 BLOCKS = "blocks"
 """Rows ordered [all queries | all keys | all values]."""
 GROUPED = "grouped"
 """Rows ordered by key-value head: [its queries, its key, its value], then the next."""
+QUARTERS = "quarters"
+"""CodeGen's rows: four times [queries, values, keys] of a quarter of the heads, as it was trained on four chips."""
 GROUPED_CLASSES = (
     "GPTNeoXAttention", "GPTNeoXJapaneseAttention", "BloomAttention", "PersimmonAttention", "FalconAttention",
     "FalconFlashAttention2", "DisentangledSelfAttention",
 )  # fmt: skip
-OTHER_CLASSES = ("CodeGenAttention", "LevitAttention", "LevitAttentionSubsample", "AttentionDownsample")
-"""Known classes whose fused rows follow neither order."""
+OTHER_CLASSES = ("LevitAttention", "LevitAttentionSubsample", "AttentionDownsample", "Attention4D")
+"""Known classes whose fused rows follow another order still."""
 KNOWN_PACKAGES = ("transformers", "timm", "diffusers", "headwise")
 
 
@@ -144,8 +147,10 @@ def vector(module: nn.Module) -> Tensor | None:
 def fused_order(module: nn.Module) -> str | None:
     """How the rows of this module's fused projection are ordered; None if nobody wrote it down."""
     kind = type(module)
-    if kind.__name__ == "FalconAttention" or kind.__name__ in GROUPED_CLASSES:
+    if kind.__name__ in GROUPED_CLASSES:
         return GROUPED
+    if kind.__name__ == "CodeGenAttention":
+        return QUARTERS
     if kind.__name__ == "GPTBigCodeAttention" and not getattr(module, "multi_query", True):
         return GROUPED
     if kind.__name__ in OTHER_CLASSES or kind.__module__.split(".")[0] not in KNOWN_PACKAGES:

@@ -14,10 +14,13 @@ KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_head_kv", "k
 DIM = ("head_dim", "attention_head_size", "head_size", "dim_head", "d_head", "key_value_proj_dim", "dim_per_head")
 QK_DIM = ("qk_head_dim", *DIM)
 V_DIM = ("v_head_dim", "value_head_dim", *DIM)
+GROUPS = ("num_key_value_groups",)
 NOT_SOFTMAX = re.compile(
-    r"Linear|Delta|Mamba|LSTM|Lightning|Rwkv|RWKV|Retention|Hyena|SSM|XCA|Channel|External|LiteMLA|Fourier|Indexer|Spatial"
-    r"|Mixer2$|ShortConv|EfficientAttention"
+    r"(?<!Kimi)Linear(Self|Cross)?Att|Delta|Mamba|LSTM|Lightning|Rwkv|RWKV|Retention|Hyena|SSM|XCA|Channel|External"
+    r"|LiteMLA|Fourier|Indexer|Additive|DeformableAttention|ShortConv"
 )
+"""Named after attention, but no softmax over keys in them."""
+QUERY_OR_OUTPUT = ("q_proj", "q_a_proj", "q_b_proj", "q_content_proj", "o_proj", "out_proj")
 
 
 class Size(NamedTuple):
@@ -34,7 +37,10 @@ def looks_like_attention(module: nn.Module) -> bool:
         return False
     if find_projections(module) is not None:
         return bool(re.search(r"Att", name) or attribute(module, HEADS) or attribute(config_of(module), HEADS))
-    if not name.endswith(("Attention", "Attn", "Attention2d")) or attribute(module, HEADS) is None:
+    if not name.endswith(("Attention", "Attn", "MLA")):
+        return False
+    own = any(hasattr(module, child) for child in QUERY_OR_OUTPUT) and attribute(config_of(module), HEADS)
+    if not own and attribute(module, HEADS) is None:
         return False
     return not any(looks_like_attention(inner) for inner in module.modules() if inner is not module)
 
@@ -77,19 +83,25 @@ def from_fused(module: nn.Module, found: Projections, config: Any, heads: int | 
     total = rows(found.fused)
     if heads is None:
         heads = rows(found.q) // dim if found.q is not None and dim else (total // (3 * dim) if dim else 1)
-    kv_heads = attribute(module, KV_HEADS) or attribute(config, KV_HEADS) or heads
-    if getattr(module, "multi_query", False) and not getattr(module, "new_decoder_architecture", False):
-        kv_heads = 1
-    parts = 2 * kv_heads if found.q is not None else heads + 2 * kv_heads
-    if total % parts and total % (3 * heads) == 0:
-        kv_heads, parts = heads, 3 * heads
-    width = rows(found.q) // heads if found.q is not None else total // parts
-    value = (total - kv_heads * width) // kv_heads if found.q is not None else width
-    return Size(heads, kv_heads, width, value) if width and value and not total % parts else None
+    if found.q is not None:
+        width = rows(found.q) // heads
+        kv_heads = attribute(module, KV_HEADS) or attribute(config, KV_HEADS) or max(1, total // (2 * width))
+        return Size(heads, kv_heads, width, total // kv_heads - width)
+    if dim is not None and total % dim == 0 and (total // dim - heads) % 2 == 0 and total // dim > heads:
+        kv_heads = (total // dim - heads) // 2
+    else:
+        kv_heads = attribute(module, KV_HEADS) or attribute(config, KV_HEADS) or heads
+        if total % (heads + 2 * kv_heads):
+            kv_heads = heads
+        dim = total // (heads + 2 * kv_heads)
+    if heads % kv_heads or total != dim * (heads + 2 * kv_heads):
+        return None
+    return Size(heads, kv_heads, dim, dim)
 
 
 def from_attributes(module: nn.Module, config: Any, heads: int | None, dim: int | None) -> Size | None:
     """For latent attention and other layouts: what the module says about itself."""
+    heads = heads or attribute(config, HEADS)
     if heads is None:
         return None
     if dim is None:
@@ -98,8 +110,9 @@ def from_attributes(module: nn.Module, config: Any, heads: int | None, dim: int 
         dim = width // heads if width else None
     if not dim:
         return None
-    latent = hasattr(module, "kv_lora_rank") or attribute(module, ("v_head_dim",)) is not None
-    kv_heads = heads if latent else attribute(module, KV_HEADS) or heads
+    kv_heads = attribute(module, KV_HEADS) or heads // (attribute(module, GROUPS) or 1)
+    if hasattr(module, "kv_lora_rank"):  # latent keys are spread to all heads before the softmax
+        kv_heads = heads
     return Size(heads, kv_heads, dim, attribute(module, V_DIM) or dim)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 WORDS = (
+    ("pooling", re.compile(r"attn_?pool|attention_?pool")),
     ("qformer", re.compile(r"q_?former")),
     ("connector", re.compile(r"connector|projector|resampler|perceiver|abstractor|merger")),
     ("audio", re.compile(r"audio|speech|acoustic|wav2vec|whisper")),
@@ -32,6 +33,8 @@ def guess_stream(model: nn.Module, name: str, kind: str = "self") -> str:
     config = getattr(model, "config", None)
     if is_diffusion(model):
         return "image"
+    if name.endswith("head.attention"):  # siglip's learned query that sums a picture up
+        return "pooling"
     parts = [part.lower() for part in name.split(".") if not part.isdigit()]
     for part in parts:
         for stream, words in WORDS:

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from headwise.errors import HeadwiseError
-from headwise.models.projections import BLOCKS, fused_order, matrix, vector
+from headwise.models.projections import BLOCKS, QUARTERS, Projections, fused_order, matrix, vector
 
 if TYPE_CHECKING:
     from headwise.models.anatomy import Site
@@ -46,9 +46,8 @@ def output(site: Site) -> tuple[Float[Tensor, "heads d_value d_model"], Float[Te
 
 def projection(site: Site, which: str) -> HeadWeights:
     """Query, key or value weights of every head."""
-    heads, width = (site.heads, site.head_dim) if which == "q" else (site.kv_heads, site.head_dim)
-    if which == "v":
-        width = site.value_dim
+    heads = site.heads if which == "q" else site.kv_heads
+    width = site.value_dim if which == "v" else site.head_dim
     if isinstance(site.module, nn.MultiheadAttention):
         weight, bias = torch_mha(site.module, which)
     else:
@@ -57,15 +56,16 @@ def projection(site: Site, which: str) -> HeadWeights:
             raise unknown(site)
         module = getattr(found, which)
         if module is None:
-            weight, bias = from_fused(site, which)
-        else:
-            weight, bias = matrix(module, f"{site.name}.{which}"), vector(module)
+            return from_fused(site, found, which)
+        weight, bias = matrix(module, f"{site.name}.{which}"), vector(module)
     per_head = len(weight) // heads
-    if len(weight) % heads or per_head not in (width, 2 * width) or (per_head != width and which != "q"):
-        raise unknown(site)
     # A query projection twice as wide holds each head's output gate in its second half.
-    cut = weight.view(heads, per_head, weight.shape[1])[:, :width].transpose(1, 2)
-    return HeadWeights(cut, None if bias is None else bias.view(heads, per_head)[:, :width])
+    if len(weight) % heads or not (per_head == width or (which == "q" and per_head == 2 * width)):
+        raise unknown(site)
+    return HeadWeights(
+        weight.view(heads, per_head, -1)[:, :width].transpose(1, 2),
+        None if bias is None else bias.view(heads, per_head)[:, :width],
+    )
 
 
 def torch_mha(module: nn.MultiheadAttention, which: str) -> tuple[Tensor, Tensor | None]:
@@ -78,42 +78,41 @@ def torch_mha(module: nn.MultiheadAttention, which: str) -> tuple[Tensor, Tensor
     return weight, None if bias is None else bias.chunk(3)[place]
 
 
-def from_fused(site: Site, which: str) -> tuple[Tensor, Tensor | None]:
-    """The rows of one of q, k, v in a fused projection, heads in order."""
-    module = site.projections.fused  # type: ignore[union-attr]
+def from_fused(site: Site, found: Projections, which: str) -> HeadWeights:
+    """One of q, k, v out of a fused projection."""
     order = fused_order(site.module)
-    if module is None or order is None:
+    if found.fused is None or order is None:
         raise unknown(site)
-    weight = matrix(module, f"{site.name}'s fused projection")
-    bias = vector(module)
-    if bias is None:
-        bias = separate_biases(site, which)
-        return rows(weight, site, which, order), bias
-    return rows(weight, site, which, order), rows(bias, site, which, order)
+    weight = heads_of(matrix(found.fused, f"{site.name}'s fused projection"), site, found, which, order)
+    bias = vector(found.fused)
+    if bias is not None:
+        bias = heads_of(bias, site, found, which, order)
+    else:
+        # BEiT and its kin keep a query and a value bias beside a fused weight that has none.
+        beside = getattr(site.module, f"{which}_bias", None)
+        bias = beside.view(len(weight), -1) if isinstance(beside, Tensor) and beside.dim() == 1 else None
+    return HeadWeights(weight.transpose(1, 2), bias)
 
 
-def rows(fused: Tensor, site: Site, which: str, order: str) -> Tensor:
-    """Cut a fused weight or bias along its first dimension."""
-    q, k, v = site.heads * site.head_dim, site.kv_heads * site.head_dim, site.kv_heads * site.value_dim
+def heads_of(fused: Tensor, site: Site, found: Projections, which: str, order: str) -> Tensor:
+    """Cut a fused weight or bias along its first dimension into [head, row of the head, ...]."""
+    heads = site.heads if which == "q" else site.kv_heads
     if order == BLOCKS:
-        if site.projections.q is not None:  # type: ignore[union-attr]
-            q = 0
+        q = 0 if found.q is not None else site.heads * site.head_dim
+        k, v = site.kv_heads * site.head_dim, site.kv_heads * site.value_dim
         if len(fused) != q + k + v:
             raise unknown(site)
         start, stop = {"q": (0, q), "k": (q, q + k), "v": (q + k, q + k + v)}[which]
-        return fused[start:stop]
-    group = site.heads // site.kv_heads
-    if len(fused) != site.kv_heads * (group + 2) * site.head_dim:
+        return fused[start:stop].view(heads, -1, *fused.shape[1:])
+    if order == QUARTERS:
+        place = {"q": 0, "v": 1, "k": 2}[which]
+        return fused.view(4, 3, heads // 4, site.head_dim, *fused.shape[1:])[:, place].flatten(0, 1)
+    if len(fused) != site.kv_heads * (site.group + 2) * site.head_dim:
         raise unknown(site)
-    cut = fused.view(site.kv_heads, group + 2, site.head_dim, *fused.shape[1:])
-    part = {"q": cut[:, :group], "k": cut[:, group : group + 1], "v": cut[:, group + 1 :]}[which]
-    return part.flatten(0, 2)
-
-
-def separate_biases(site: Site, which: str) -> Tensor | None:
-    """BEiT and its kin keep a query and a value bias beside a fused weight without one."""
-    bias = getattr(site.module, f"{which}_bias", None)
-    return bias if isinstance(bias, Tensor) and bias.dim() == 1 else None
+    cut = fused.view(site.kv_heads, site.group + 2, site.head_dim, *fused.shape[1:])
+    if which == "q":
+        return cut[:, 0] if site.group == 1 else cut[:, : site.group].flatten(0, 1)
+    return cut[:, site.group + "kv".index(which)]
 
 
 def unknown(site: Site) -> HeadwiseError:
