@@ -11,6 +11,7 @@ from pathlib import Path
 import xarray as xr
 
 from headwise.errors import HeadwiseError
+from headwise.files import replacing
 from headwise.scan.passes import Plan
 
 Found = list[dict[str, xr.Dataset]]
@@ -63,9 +64,8 @@ class Checkpoint:
             for place, streams in enumerate(found):
                 nodes[f"/{number}/{place}"] = xr.Dataset()
                 nodes |= {f"/{number}/{place}/{stream}": values for stream, values in streams.items()}
-        part = self.path.with_name(f"{self.path.name}.{os.getpid()}.part")
-        xr.DataTree.from_dict(nodes).to_netcdf(part, engine="h5netcdf")
-        os.replace(part, self.path)
+        with replacing(self.path) as unfinished:
+            xr.DataTree.from_dict(nodes).to_netcdf(unfinished, engine="h5netcdf")
         self.written = time.monotonic()
 
     def finish(self) -> None:

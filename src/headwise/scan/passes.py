@@ -50,6 +50,8 @@ class Pass:
                 if stream not in run.tree.children:
                     continue
                 node = run.tree[stream].to_dataset()
+                if "call" in node.dims:  # a layer that attends twice in one forward: both count as one head
+                    node = node.mean("call")
                 there = {name: own for name, own in names.items() if name in node}
                 mine[stream] = question.reduce(node[list(there)].rename(there), self.prompt)
             found.append(mine)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -17,6 +16,7 @@ import pandas as pd
 import xarray as xr
 
 from headwise.errors import HeadwiseError
+from headwise.files import replacing
 from headwise.scan import roles
 from headwise.scan.checkpoint import Found
 from headwise.scan.details import Details, edges, sample_rows
@@ -76,20 +76,13 @@ class Scan:
     def save(self, path: str | os.PathLike[str]) -> Path:
         """As netCDF (`.nc`) or Zarr (`.zarr`), replaced whole or not at all."""
         path = Path(path)
-        part = path.with_name(f"{path.stem}.{os.getpid()}.part{path.suffix}")
-        try:
+        if path.suffix not in (".nc", ".zarr"):
+            raise HeadwiseError(f"save: wanted a name that ends in .nc or .zarr; got {str(path)!r}.")
+        with replacing(path) as unfinished:
             if path.suffix == ".nc":
-                self.data.to_netcdf(part, engine="h5netcdf")
-            elif path.suffix == ".zarr":
-                self.data.to_zarr(part, mode="w", consolidated=False)
-                shutil.rmtree(path, ignore_errors=True)
+                self.data.to_netcdf(unfinished, engine="h5netcdf")
             else:
-                raise HeadwiseError(f"save: wanted a name that ends in .nc or .zarr; got {str(path)!r}.")
-            os.replace(part, path)
-        finally:
-            if part.is_dir():
-                shutil.rmtree(part)
-            part.unlink(missing_ok=True)
+                self.data.to_zarr(unfinished, mode="w", consolidated=False)
         return path
 
     @classmethod

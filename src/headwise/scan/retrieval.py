@@ -49,7 +49,7 @@ class RetrievalHeads(Question):
     def __post_init__(self) -> None:
         if self.span not in ("answer", "needle") or self.count not in ("set", "step"):
             raise HeadwiseError(
-                f'RetrievalHeads: span is "answer" or "needle", count "set" or "step"; got {self.span!r}, {self.count!r}.'
+                f'RetrievalHeads: span "answer" or "needle", count "set" or "step"; got {self.span!r}, {self.count!r}.'
             )
         if not self.needles or not self.contexts or self.depths < 1:
             raise HeadwiseError("RetrievalHeads wants at least one needle, one context and one depth.")
