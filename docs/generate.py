@@ -1,0 +1,86 @@
+"""Tables of the documentation that are made from the project itself, so that they can't fall behind it."""
+
+import json
+from pathlib import Path
+
+CHARTED = "benchmarks/results"
+
+
+def write(folder):
+    folder.mkdir(exist_ok=True)
+    root = folder.parent.parent
+    pages = {"evidence.md": evidence(), "questions.md": questions(), "zoo.md": zoo(), "roles.md": roles(), "results.md": results(root)}
+    for name, text in pages.items():
+        (folder / name).write_text(text, encoding="utf-8")
+
+
+def table(head, rows):
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(cell(c) for c in line) + " |" for line in lines) + "\n"
+
+
+def cell(value):
+    return " ".join(str(value).split()).replace("|", "\\|")
+
+
+def cite(paper):
+    return f"[{paper.title}]({paper.url})" if paper.url else paper.title
+
+
+def evidence():
+    """One row a study: claim, verdict, numbers, on what and by which command. Failures included."""
+    from headwise.study import studies
+
+    rows = []
+    for study in studies():
+        finding = study.finding
+        if finding is None:
+            rows.append([study.claim, cite(study.paper), "unrun", "", f"`headwise study run {study.name}`"])
+            continue
+        numbers = ", ".join(f"{key} = {short(value)}" for key, value in finding.measured.items())
+        where = f"{finding.model}; {finding.hardware}; seeds {', '.join(map(str, finding.seeds)) or 'none'}; `{finding.command}`"
+        rows.append([study.claim, cite(study.paper), f"**{finding.verdict}**: {finding.reason}", numbers, where])
+    if not rows:
+        return "No study has been registered yet.\n"
+    return table(["claim", "paper", "verdict", "measured (the paper's expectation: `headwise study show`)", "on"], rows)
+
+
+def short(value):
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, list):
+        return "[" + ", ".join(short(v) for v in value[:6]) + (", ...]" if len(value) > 6 else "]")
+    return json.dumps(value) if isinstance(value, dict) else str(value)
+
+
+def questions():
+    from headwise.scan import QUESTIONS
+
+    rows = []
+    for kind in QUESTIONS:
+        question = kind()
+        for column in question.columns():
+            rows.append([f"`{kind.__name__}`", f"`{column.name}`", column.what, column.unit, cite(question.paper)])
+    return table(["question", "column", "what it measures", "unit", "paper"], rows)
+
+
+def roles():
+    from headwise.scan.roles import rules
+
+    return table(["role", "rule"], [[name, rule] for name, rule in rules().items()])
+
+
+def zoo():
+    from headwise.models.zoo import catalogue
+
+    rows = [[f"`{m.name}`", m.what, f"{m.package} ({m.megabytes} MB)", m.licence] for m in catalogue()]
+    return table(["name", "what it is", "package on PyPI", "licence"], rows)
+
+
+def results(root):
+    """The stored benchmark runs, each as it was written."""
+    found = sorted((root / CHARTED).glob("*.json"))
+    if not found:
+        return "No results are stored yet.\n"
+    lines = [f"- [{path.name}](../{CHARTED}/{path.name})" for path in found]
+    return "\n".join(lines) + "\n"
