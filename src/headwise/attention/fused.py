@@ -1,0 +1,301 @@
+"""Attention with statistics in one kernel: the Python entry.
+
+`fused_attention` picks the Hopper kernel (`fused_hopper.py`) where it can and the portable one (`fused_kernels.py`)
+elsewhere; with few queries the keys are split over the chip and the parts merged (`fused_merge.py`). What a call asks
+for decides the code that is compiled; nothing depends on the data but the layout of the segments. Any device Triton
+knows; on the CPU only in Triton's interpreter (TRITON_INTERPRET=1), which the tests use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+import triton
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from headwise.attention.fused_kernels import forward
+from headwise.attention.fused_merge import merge
+from headwise.attention.fused_runs import runs_of, tile_bits
+from headwise.errors import HeadwiseError
+
+WANTS = frozenset({"mass", "entropy", "segment_entropy", "distance", "top"})
+SEGMENTS = 32
+LOG2E = 1.4426950408889634
+PACKED_ROWS = 64
+"""Up to so many rows (queries times heads that share keys) are worked on together, with the keys split."""
+
+
+@dataclass
+class FusedResult:
+    """Statistics are float32; rows that see no key are 0, with lse = -inf and top_index = -1."""
+
+    lse: Float[Tensor, "batch heads query"]
+    out: Float[Tensor, "batch heads query value_dim"] | None = None
+    mass: Float[Tensor, "batch heads query segment"] | None = None
+    entropy: Float[Tensor, "batch heads query"] | None = None
+    segment_entropy: Float[Tensor, "batch heads query segment"] | None = None
+    distance: Float[Tensor, "batch heads query"] | None = None
+    distance_sq: Float[Tensor, "batch heads query"] | None = None
+    top_value: Float[Tensor, "batch heads query"] | None = None
+    top_index: Int[Tensor, "batch heads query"] | None = None
+    path: str = ""
+
+
+@dataclass
+class FusedCall:
+    """What an attention call is made of; see `fused_attention` for the arguments."""
+
+    q: Float[Tensor, "batch heads query dim"]
+    k: Float[Tensor, "batch kv_heads key dim"]
+    v: Float[Tensor, "batch kv_heads key value_dim"] | None
+    scale: float
+    causal: bool = False
+    query_offset: int = 0
+    positions: Int[Tensor, " query"] | None = None
+    window: tuple[int | None, int | None] | None = None
+    key_valid: Bool[Tensor, "batch key"] | None = None
+    softcap: float | None = None
+    sinks: Float[Tensor, " heads"] | None = None
+    key_labels: Int[Tensor, "#batch key"] | None = None
+    query_labels: Int[Tensor, "#batch query"] | None = None
+    segments: int = 0
+    bias_table: Float[Tensor, "heads query_segment segment"] | None = None
+    key_bias: Float[Tensor, "#heads key"] | None = None
+    want: frozenset[str] = frozenset()
+
+    @property
+    def bounds(self) -> tuple[int | None, int | None]:
+        """Left and right: i - j <= left, j - i <= right."""
+        left, right = self.window or (None, None)
+        if self.causal:
+            right = 0 if right is None else min(right, 0)
+        return left, right
+
+    @property
+    def group(self) -> int:
+        return self.q.shape[1] // self.k.shape[1]
+
+
+def supports(call: FusedCall) -> tuple[bool, str]:
+    """Whether the kernels can do this call, and if not, why."""
+    wide = call.q.shape[-1] if call.v is None else max(call.q.shape[-1], call.v.shape[-1])
+    if call.q.device.type != "cuda" and not interpreted():
+        return False, f"the fused kernels need a GPU; the tensors are on {call.q.device.type}"
+    if call.q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return False, f"the fused kernels know bfloat16, float16 and float32, not {call.q.dtype}"
+    if wide > 256:
+        return False, f"the fused kernels know heads of up to 256 dimensions, not {wide}"
+    if call.segments > SEGMENTS:
+        return False, f"the fused kernels keep up to {SEGMENTS} segments, not {call.segments}"
+    if any(x is not None and x.requires_grad for x in (call.q, call.k, call.v)) and torch.is_grad_enabled():
+        return False, "the fused kernels have no backward pass"
+    return True, ""
+
+
+def interpreted() -> bool:
+    return triton.knobs.runtime.interpret
+
+
+def fused_attention(
+    q: Float[Tensor, "batch heads query dim"],
+    k: Float[Tensor, "batch kv_heads key dim"],
+    v: Float[Tensor, "batch kv_heads key value_dim"] | None,
+    *,
+    scale: float,
+    causal: bool = False,
+    query_offset: int = 0,
+    positions: Int[Tensor, " query"] | None = None,
+    window: tuple[int | None, int | None] | None = None,
+    key_valid: Bool[Tensor, "batch key"] | None = None,
+    softcap: float | None = None,
+    sinks: Float[Tensor, " heads"] | None = None,
+    key_labels: Int[Tensor, "#batch key"] | None = None,
+    query_labels: Int[Tensor, "#batch query"] | None = None,
+    segments: int = 0,
+    bias_table: Float[Tensor, "heads query_segment segment"] | None = None,
+    key_bias: Float[Tensor, "#heads key"] | None = None,
+    want: frozenset[str] = frozenset(),
+) -> FusedResult:
+    """`softmax(softcap(scale q k) + biases) v` and the statistics in `want`, without the matrix.
+
+    A query's position is query_offset + row, or positions[row]; a key's is its column. `v=None` leaves out the output.
+    Labels are 0 .. segments - 1, or negative for no segment. bias_table[head, query label, key label] is added to the
+    scores (-inf knocks out), key_bias[head, key] too. `sinks` is one more score a head in the normaliser only.
+    """
+    if unknown := set(want) - WANTS:
+        raise HeadwiseError(f"want={sorted(unknown)} is not known: choose from {', '.join(sorted(WANTS))}.")
+    call = FusedCall(q, k, v, scale, causal, query_offset, positions, window, key_valid, softcap, sinks,
+                     key_labels, query_labels, segments, bias_table, key_bias, frozenset(want))  # fmt: skip
+    return run(call)
+
+
+def run(call: FusedCall) -> FusedResult:
+    _check(call)
+    if hopper_fits(call):
+        from headwise.attention.fused_hopper import hopper
+
+        return hopper(call)
+    shape = call.q.shape[:3]
+    splits = split_count(call)
+    found = portable(call, splits)
+    if splits > 1:
+        found = merge(found, shape, splits, 1, call.q.dtype, sinks=call.sinks)
+    return FusedResult(**{name: x[0] for name, x in found.items()}, path="split" if splits > 1 else "portable")
+
+
+def reweight(
+    call: FusedCall, groups: Int[Tensor, " segment"], rule: Callable[[Tensor], Tensor]
+) -> tuple[FusedResult, Float[Tensor, "batch heads query group"]]:
+    """Attend each group of segments by itself and merge with weights `rule(masses)`.
+
+    groups[segment] is the segment's group, 0 .. count - 1, or -1 for segments left as they are. Keys without a label
+    are left as they are too. `rule` maps masses [batch, heads, query, group] to factors of the same shape.
+    """
+    _check(call)
+    count = int(groups.max()) + 1
+    bits = [0] * (count + 1)
+    for segment, group in enumerate(groups.tolist()):
+        bits[group] |= 1 << segment
+    bits[count] |= 1 << SEGMENTS
+    shape = call.q.shape[:3]
+    splits = split_count(call)
+    found = portable(call, splits, torch.tensor(bits, dtype=torch.int64, device=call.q.device))
+    each = merge(found, shape, splits, count + 1, torch.float32) if splits > 1 else found
+    logs = each["lse"]
+    whole = logs.logsumexp(0)
+    if call.sinks is not None:
+        whole = torch.logaddexp(whole, call.sinks.float()[None, :, None])
+    masses = torch.exp(logs[:count] - whole).nan_to_num(0.0).movedim(0, -1)
+    factors = rule(masses)
+    kept = torch.cat([factors, torch.ones_like(factors[..., :1])], -1).float().contiguous()
+    one = merge(each, shape, count + 1, 1, call.q.dtype, factor=kept, sinks=call.sinks)
+    return FusedResult(**{name: x[0] for name, x in one.items()}, path="groups"), factors
+
+
+def _check(call: FusedCall) -> None:
+    fine, reason = supports(call)
+    if not fine:
+        raise HeadwiseError(f"This attention call can't be fused: {reason}.")
+    if call.want & {"mass", "segment_entropy"} and call.key_labels is None:
+        raise HeadwiseError("want= asks for masses of segments, so key_labels= must be given.")
+    if call.bias_table is not None and (call.key_labels is None or call.query_labels is None):
+        raise HeadwiseError("bias_table= speaks of segments, so key_labels= and query_labels= must be given.")
+
+
+@lru_cache
+def multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+def packed(call: FusedCall) -> bool:
+    return call.q.shape[2] * call.group <= PACKED_ROWS
+
+
+def split_count(call: FusedCall) -> int:
+    """Over how many programs the keys of one block are spread; from the shapes alone, so results repeat."""
+    if not packed(call):
+        return 1
+    busy = call.q.shape[0] * call.k.shape[1]
+    return max(1, min(2 * multiprocessors(call.q.device) // busy, triton.cdiv(call.k.shape[2], 256), 64))
+
+
+def hopper_fits(call: FusedCall) -> bool:
+    """Whether the Hopper kernel can do this call: its shapes, and segments that come in long runs."""
+    q, k, v = call.q, call.k, call.v
+    if interpreted() or q.device.type != "cuda" or torch.cuda.get_device_capability(q.device)[0] != 9:
+        return False
+    if q.dtype == torch.float32 or v is None or q.shape[-1] != v.shape[-1] or q.shape[-1] not in (64, 128):
+        return False
+    if any(x is not None for x in (call.positions, call.window, call.key_valid, call.softcap, call.key_bias)):
+        return False
+    if call.want & {"distance", "top"} or packed(call):
+        return False
+    if any(x.stride(-1) != 1 or x.data_ptr() % 16 or any(s % 8 for s in x.stride()[:-1]) for x in (q, k, v)):
+        return False
+    if call.key_labels is None:
+        return True
+    from headwise.attention.fused_hopper import BLOCK_K
+
+    runs = runs_of(call.key_labels, call.segments, BLOCK_K)
+    return runs.count <= 64 + call.k.shape[2] // BLOCK_K
+
+
+def blocks(call: FusedCall) -> dict[str, int]:
+    """Block sizes, warps and stages for the portable kernel."""
+    wide = triton.next_power_of_2(max(call.q.shape[-1], call.v.shape[-1] if call.v is not None else 16))
+    rows = call.q.shape[2] * (call.group if packed(call) else 1)
+    few = max(16, triton.next_power_of_2(rows))
+    if call.q.dtype == torch.float32:
+        return {"BM": min(few, 32), "BN": 32, "num_warps": 4, "num_stages": 2}
+    if few <= 64:
+        return {"BM": few, "BN": 64, "num_warps": 4, "num_stages": 3 if wide <= 128 else 2}
+    return {"BM": 128, "BN": 64, "num_warps": 8, "num_stages": 3 if wide <= 128 else 2}
+
+
+def portable(call: FusedCall, splits: int = 1, group_bits: Tensor | None = None) -> dict[str, Tensor]:
+    """Run the portable kernel; every result has a leading dim of splits times groups."""
+    q, k, v, want = call.q, call.k, call.v, call.want
+    batch, heads, queries, dim = q.shape
+    keys, value_dim = k.shape[2], v.shape[-1] if v is not None else 16
+    groups = len(group_bits) if group_bits is not None else 1
+    parts, sizes, pack = splits * groups, blocks(call), packed(call)
+    tile, stretch = sizes["BN"], triton.cdiv(triton.cdiv(keys, splits), sizes["BN"]) * sizes["BN"]
+    left, right = call.bounds
+
+    def room(*last, dtype=torch.float32):
+        return torch.empty(parts, batch, heads, queries, *last, dtype=dtype, device=q.device)
+
+    found = {"lse": room()}
+    if v is not None and parts == 1:
+        found["out"] = torch.empty(1, batch, queries, heads, value_dim, dtype=q.dtype, device=q.device).transpose(2, 3)
+    elif v is not None:
+        found["out"] = room(value_dim)
+    slots = max(call.segments, 1)
+    for name in sorted(want - {"mass", "segment_entropy", "top"}):
+        found[name] = room()
+    if "distance" in want:
+        found["distance_sq"] = room()
+    if want & {"mass", "segment_entropy"}:
+        found["mass"] = room(slots)
+    if "segment_entropy" in want:
+        found["segment_entropy"] = room(slots)
+    if "top" in want:
+        found |= {"top_value": room(), "top_index": room(dtype=torch.int32)}
+
+    def given(x, dtype=None):
+        return found["lse"] if x is None else (x if dtype is None else x.to(dtype)).contiguous()
+
+    def step(x, dim=0):
+        return 0 if x is None or x.shape[dim] == 1 else x.stride(dim)
+
+    labelled = bool(want & {"mass", "segment_entropy"}) or call.bias_table is not None or group_bits is not None
+    bits = tile_bits(call.key_labels.expand(batch, -1), tile, SEGMENTS) if group_bits is not None else None
+    values = v if v is not None else k
+    rows = queries * (call.group if pack else 1)
+    grid = (triton.cdiv(rows, sizes["BM"]), batch * (k.shape[1] if pack else heads), parts)
+    out = found.get("out", found["lse"][..., None])
+    table = given(call.bias_table, torch.float32) * LOG2E if call.bias_table is not None else found["lse"]
+    name = found.get
+    forward[grid](
+        q, k, values, out, found["lse"], *(name(n, found["lse"]) for n in ("entropy", "mass", "segment_entropy", "distance", "distance_sq", "top_value", "top_index")),
+        given(call.positions, torch.int32), given(call.key_valid, torch.uint8), given(call.key_labels if labelled else None, torch.int32),
+        given(call.query_labels, torch.int32), given(bits), given(group_bits), table,
+        given(call.key_bias, torch.float32), given(call.sinks, torch.float32),
+        *q.stride()[:3], *k.stride()[:3], *values.stride()[:3], *out.stride()[:4],
+        step(call.key_labels), step(call.query_labels), table.stride(0), table.stride(1), step(call.key_bias),
+        heads, queries, keys, call.query_offset, left or 0, right or 0,
+        call.scale if call.softcap is not None else call.scale * LOG2E, call.softcap or 1.0, stretch, groups, slots,
+        group=call.group, PACK=pack, POSITIONS=call.positions is not None, HAS_RIGHT=right is not None,
+        HAS_LEFT=left is not None, HAS_VALID=call.key_valid is not None, SOFTCAP=call.softcap is not None,
+        HAS_SINKS=call.sinks is not None and parts == 1, HAS_LABELS=labelled, HAS_GROUPS=group_bits is not None,
+        HAS_BIAS=call.bias_table is not None, HAS_KEY_BIAS=call.key_bias is not None, W_OUT=v is not None,
+        W_MASS="mass" in found, W_ENTROPY="entropy" in want, W_INNER="segment_entropy" in want,
+        W_DISTANCE="distance" in want, W_TOP="top" in want, EXACT=q.dtype == torch.float32,
+        D=dim, DP=max(16, triton.next_power_of_2(dim)), DV=value_dim, DVP=max(16, triton.next_power_of_2(value_dim)),
+        GP=max(16, triton.next_power_of_2(slots)), **sizes,
+    )  # fmt: skip
+    return found

@@ -1,0 +1,72 @@
+"""Segment labels as runs: stretches of keys with one label, which is how most texts are labelled.
+
+The Hopper kernel walks runs instead of labels. The table depends on the labels only, so it is made once for a tensor of
+labels and found again by every layer of a forward pass.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+MANY = 1 << 8
+"""Set in a run's label when the label occurs in more than one run: its mass is then merged, not stored."""
+
+
+@dataclass(frozen=True, eq=False)
+class Runs:
+    """table [batch, run, 2]: first key and label of every run; of_tile [batch, tile]: the run of a tile's last key."""
+
+    table: Int[Tensor, "batch run two"]
+    of_tile: Int[Tensor, "batch tile"]
+    slots: int
+    """Masses to keep: the segments, and one more when some keys have no label."""
+
+    @property
+    def count(self) -> int:
+        return self.table.shape[1]
+
+
+_known: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def runs_of(labels: Int[Tensor, "batch key"], segments: int, tile: int) -> Runs:
+    """The run table of these labels (negative: no segment), for key tiles of this size."""
+    key = (segments, tile, labels._version)
+    known = _known.setdefault(labels, {})
+    if key not in known:
+        known.clear()
+        known[key] = _table(labels, segments, tile)
+    return known[key]
+
+
+def _table(labels: Tensor, segments: int, tile: int) -> Runs:
+    batch, keys = labels.shape
+    labels = labels.long()
+    slots = segments + int(bool((labels < 0).any()))
+    labels = torch.where(labels < 0, segments, labels)
+    begins = torch.ones_like(labels, dtype=torch.bool)
+    begins[:, 1:] = labels[:, 1:] != labels[:, :-1]
+    number = begins.cumsum(1) - 1
+    table = labels.new_zeros(batch, int(number[:, -1].max()) + 1, 2)
+    sample, first = begins.nonzero(as_tuple=True)
+    run, label = number[sample, first], labels[sample, first]
+    times = labels.new_zeros(batch, slots)
+    times.index_put_((sample, label), torch.ones_like(label), accumulate=True)
+    table[sample, run, 0] = first
+    table[sample, run, 1] = label + MANY * (times[sample, label] > 1)
+    ends = torch.arange(tile, keys + tile, tile, device=labels.device).clamp(max=keys) - 1
+    return Runs(table.int().contiguous(), number[:, ends].int().contiguous(), slots)
+
+
+def tile_bits(labels: Int[Tensor, "batch key"], tile: int, none: int) -> Int[Tensor, "batch tile"]:
+    """The labels that occur in each key tile, as bits; bit `none` stands for keys without a label."""
+    batch, keys = labels.shape
+    place = torch.where(labels < 0, none, labels.long())
+    tiles = -(-keys // tile)
+    seen = torch.zeros(batch, tiles, none + 1, dtype=torch.bool, device=labels.device)
+    number = torch.arange(keys, device=labels.device) // tile
+    seen[torch.arange(batch, device=labels.device)[:, None], number[None].expand(batch, -1), place] = True
+    return (seen.long() << torch.arange(none + 1, device=labels.device)).sum(-1)
