@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,9 @@ import torch
 from torch import nn
 
 from headwise.errors import HeadwiseError
+
+DAMAGED = (ValueError, KeyError, OSError, RuntimeError, IndexError, TypeError, EOFError, AttributeError, struct.error)
+"""What readers of binary files raise at a file that is cut short or garbled."""
 
 
 def load_gguf(path: Path, dtype: torch.dtype | None = None, **kw: Any) -> tuple[nn.Module, Any]:
@@ -28,7 +32,7 @@ def load_gguf(path: Path, dtype: torch.dtype | None = None, **kw: Any) -> tuple[
                 path.parent, gguf_file=path.name, dtype=dtype or torch.float32, **kw
             )
             tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    except (ValueError, KeyError, OSError, RuntimeError, IndexError, NotImplementedError) as error:
+    except DAMAGED as error:
         raise HeadwiseError(
             f"{path} could not be read as a GGUF model ({reason(error)}): it is damaged or of a kind that transformers "
             "does not read; fetch it again, or give another file."

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from headwise.errors import HeadwiseError
 from headwise.models.segments import Segments
+from headwise.models.tokens import used
 
 if TYPE_CHECKING:
     from headwise.models.open import Opened
@@ -86,7 +87,7 @@ def encode_text(opened: Opened, given: str | Sequence[str], **kw: Any) -> dict[s
             where = "the text" if len(texts) == 1 else f"text {place}"
             raise HeadwiseError(f"encode: {where} is empty; give at least one word.")
     tokenizer = need_tokenizer(opened)
-    options: dict[str, Any] = {"return_tensors": "pt", "return_token_type_ids": None, **kw}
+    options: dict[str, Any] = {"return_tensors": "pt", "return_token_type_ids": None, "verbose": False, **kw}
     if len(texts) > 1:
         options.setdefault("padding", True)
         if tokenizer.pad_token_id is None:
@@ -195,7 +196,7 @@ def mark_padding(segments: Segments, mask: Tensor | None) -> Segments:
     names = segments.names if "pad" in segments.names else (*segments.names, "pad")
     labels = segments.labels.clone()
     labels[(mask == 0).to(labels.device)] = names.index("pad")
-    return Segments(names, labels)
+    return used(Segments, names, labels)
 
 
 def media_segments(opened: Opened, batch: Mapping[str, Any]) -> Segments:

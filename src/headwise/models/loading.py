@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import socket
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
 from torch import nn
 
 from headwise.errors import HeadwiseError
-from headwise.models.gguf import quiet, reason
+from headwise.models.anatomy import find_sites
+from headwise.models.gguf import DAMAGED, quiet, reason
 
 SHARED = ("trust_remote_code", "revision", "token", "cache_dir", "local_files_only", "subfolder")
 """Arguments that the tokenizer and processor need as well as the model."""
@@ -35,6 +39,9 @@ def load_pretrained(
     called = called or where
     shared = {key: kw[key] for key in SHARED if key in kw}
     local = Path(where).is_dir()
+    if not local and not hub_reachable():  # asking a hub that is not there takes half a minute; its cache does not
+        kw = {**kw, "local_files_only": True}
+        shared["local_files_only"] = True
     try:
         config = transformers.AutoConfig.from_pretrained(where, **shared)
     except (OSError, ValueError) as error:
@@ -42,12 +49,19 @@ def load_pretrained(
     kind = model_class(config, kw)
     try:
         with quiet():
-            model = kind.from_pretrained(where, **{"config": config, **({"dtype": dtype} if dtype else {}), **kw})
-    except (OSError, ValueError, RuntimeError, KeyError, EOFError, SafetensorError) as error:
+            options = {"config": config, **({"dtype": dtype} if dtype else {}), **kw, "output_loading_info": True}
+            model, report = kind.from_pretrained(where, **options)
+    except (*DAMAGED, SafetensorError) as error:
         raise HeadwiseError(
             f"{called}: its weights could not be loaded ({reason(error)}); the files are damaged, incomplete or of "
             "another model: fetch them again."
         ) from error
+    missing = [key for key in report["missing_keys"] if any(key.startswith(s.name) for s in find_sites(model))]
+    if missing:
+        raise HeadwiseError(
+            f"{called}: its checkpoint has no {min(missing)}, and random attention weights are of no use; the files "
+            "are incomplete or of another model."
+        )
     if processor is None:
         processor = load_processor(where, shared)
     if tokenizer is None:
@@ -101,8 +115,30 @@ def cannot_open(called: str, local: bool, error: Exception) -> str:
         return f"{called}: its config.json could not be read ({reason(error)}); check the folder."
     return (
         f"There is no model {called!r} to be had: it is not in the zoo (headwise models lists it), not a folder or "
-        f"file here, and the hub did not give it ({reason(error)})."
+        f"file here, and the hub {'did not give it' if hub_reachable() else 'cannot be reached'} ({reason(error)})."
     )
+
+
+def move(model: nn.Module, device: str | torch.device | None, dtype: torch.dtype | None = None) -> nn.Module:
+    """The model on another device, in another dtype."""
+    try:
+        return model.to(device=None if device is None else torch.device(device), dtype=dtype)
+    except (RuntimeError, AssertionError) as error:
+        raise HeadwiseError(f"device: the model cannot be put on {str(device)!r} ({reason(error)}).") from error
+
+
+def hub_reachable() -> bool:
+    """Whether the hub's name can be looked up; a proxy would look it up for us."""
+    from huggingface_hub import constants
+
+    if any(key.lower() in ("https_proxy", "http_proxy", "all_proxy") for key in os.environ):
+        return True
+    host = urlsplit(constants.ENDPOINT).hostname or ""
+    try:
+        socket.getaddrinfo(host, 443)
+    except OSError:
+        return False
+    return True
 
 
 def check_weights(model: nn.Module, name: str) -> None:

@@ -83,7 +83,7 @@ def open_model(
             raise HeadwiseError(f"open_model: {', '.join(kw)} only apply to a model that is still to be loaded.")
         model = source
         if device is not None or dtype is not None:
-            model = model.to(device=device, dtype=loading.as_dtype(dtype))
+            model = loading.move(model, device, loading.as_dtype(dtype))
         name = getattr(getattr(model, "config", None), "name_or_path", "") or type(model).__name__
     elif isinstance(source, str | Path):
         model, found_tokenizer, found_processor, name = load(source, loading.as_dtype(dtype), kw, processor, tokenizer)
@@ -91,7 +91,7 @@ def open_model(
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         if "device_map" not in kw:
-            model = model.to(device)
+            model = loading.move(model, device)
         model.eval()
     else:
         raise HeadwiseError(f"source: wanted a name, a path or an nn.Module, got {type(source).__name__}.")
@@ -129,6 +129,8 @@ def load(
         if not (path / "config.json").is_file():
             raise HeadwiseError(f"{text} has no config.json: wanted a folder that save_pretrained wrote.")
         return *loading.load_pretrained(str(path), dtype, kw, processor, tokenizer), path.resolve().name
+    if path.is_absolute() or text.startswith((".", "~")):
+        raise HeadwiseError(f"{text}: there is no such folder or file.")
     return *loading.load_pretrained(text, dtype, kw, processor, tokenizer), text
 
 

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from headwise.models.anatomy import Site
 
 
+MIXED = ("DiffLlamaAttention",)
+
+
 @dataclass(frozen=True)
 class HeadWeights:
     """One projection cut into heads: `y[head] = x @ W[head] + b[head]`."""
@@ -37,6 +40,7 @@ def value(site: Site) -> HeadWeights:
 
 def output(site: Site) -> tuple[Float[Tensor, "heads d_value d_model"], Float[Tensor, " d_model"] | None]:
     """`sum over heads of z[head] @ W[head]`, plus one bias for all heads together."""
+    refuse_odd_heads(site)
     module = site.module.out_proj if isinstance(site.module, nn.MultiheadAttention) else site.out
     if module is None:
         raise HeadwiseError(f"{site.name} ({type(site.module).__name__}): its output projection was not found.")
@@ -46,6 +50,7 @@ def output(site: Site) -> tuple[Float[Tensor, "heads d_value d_model"], Float[Te
 
 def projection(site: Site, which: str) -> HeadWeights:
     """Query, key or value weights of every head."""
+    refuse_odd_heads(site)
     heads = site.heads if which == "q" else site.kv_heads
     width = site.value_dim if which == "v" else site.head_dim
     if isinstance(site.module, nn.MultiheadAttention):
@@ -113,6 +118,15 @@ def heads_of(fused: Tensor, site: Site, found: Projections, which: str, order: s
     if which == "q":
         return cut[:, 0] if site.group == 1 else cut[:, : site.group].flatten(0, 1)
     return cut[:, site.group + "kv".index(which)]
+
+
+def refuse_odd_heads(site: Site) -> None:
+    """Some layers mix their heads between the softmax and the output, so that no row belongs to one head."""
+    if type(site.module).__name__ in MIXED:
+        raise HeadwiseError(
+            f"{site.name} ({type(site.module).__name__}) subtracts heads from each other, so its weights do not belong "
+            "to single heads; readings and edits still work."
+        )
 
 
 def unknown(site: Site) -> HeadwiseError:
