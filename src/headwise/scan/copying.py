@@ -85,7 +85,7 @@ class CopyHeads(Question):
     def observe(self, opened: Opened, prompt: Prompt) -> dict[str, xr.Dataset]:
         ids = prompt.inputs["input_ids"]
         skip = ids.shape[1] - self.length
-        with attend(opened.model, readings=[Inputs(("v",), stream="text")]) as run, torch.no_grad():
+        with attend(opened, readings=[Inputs(("v",), stream="text")]) as run, torch.no_grad():
             opened.model(**prompt.inputs, **quiet(opened.model))
         values = run.tree["text"]["input_v"].isel(sample=0)
         dim = "token" if "token" in values.dims else "key"

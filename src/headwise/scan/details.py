@@ -17,6 +17,8 @@ from headwise.scan.question import Prompt, Question
 
 SAMPLE_TOKENS = 64
 ROW_PAIRS = 8
+PROFILE_QUERIES = 128
+"""Each window of the distance profile costs a pass over the scores, so that it is read for random queries only."""
 
 
 def edges(tokens: int) -> list[int]:
@@ -35,7 +37,10 @@ class Details(Question):
 
     def readings(self, opened: Opened) -> list[Reading]:
         windows = [f"window:{border - 1}" for border in edges(self.tokens)[1:]]
-        profile = [Mass(windows, per="head", stream=s, name=f"reach_{s}") for s in ordered_streams(opened)]
+        profile = [
+            Mass(windows, per="head", queries=PROFILE_QUERIES, stream=s, name=f"reach_{s}")
+            for s in ordered_streams(opened)
+        ]
         return [*profile, Entropy(per="head")]
 
     def readings_at(self, opened: Opened, prompt: Prompt) -> list[Reading]:
@@ -79,7 +84,7 @@ def sample_rows(opened: Opened, prompt: Prompt, chosen: dict[str, list[tuple[int
         for layer in sorted({layer for layer, _ in pairs}):
             heads = sorted(head for where, head in pairs if where == layer)
             readings.append(Top(ROW_PAIRS, layers=layer, heads=heads, stream=stream, name=f"rows_{layer}"))
-    with attend(opened.model, readings=readings) as run, torch.no_grad():
+    with attend(opened, readings=readings) as run, torch.no_grad():
         opened.model(input_ids=ids, **quiet(opened.model))
     rows: dict[str, Any] = {}
     for stream, pairs in chosen.items():

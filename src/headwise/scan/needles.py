@@ -114,9 +114,7 @@ def _ask(tokenizer: object, body: str, place: int, needle: Needle) -> tuple[str,
     if getattr(tokenizer, "chat_template", None):
         messages = [{"role": "user", "content": content}]
         prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)  # type: ignore[attr-defined]
-        lead = needle.text[: needle.text.index(needle.answer)]
-        prompt += lead.rstrip()
-    else:
+    else:  # a model that only continues text is given the start of the answer's sentence
         prompt = f"{content}\n{needle.text[: needle.text.index(needle.answer)].rstrip()}"
     start = prompt.find(body)
     if start < 0:

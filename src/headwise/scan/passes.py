@@ -39,7 +39,7 @@ class Pass:
             question = self.questions[0]
             return [question.observe(opened, self.prompt)]
         with (
-            attend(opened.model, readings=self.readings, segments=self.prompt.segments, seed=seed) as run,
+            attend(opened, readings=self.readings, segments=self.prompt.segments, seed=seed) as run,
             torch.no_grad(),
         ):
             opened.model(**self.prompt.inputs, **quiet(opened.model))

@@ -16,9 +16,8 @@ from typing import ClassVar, Literal
 import numpy as np
 import torch
 import xarray as xr
-from torch import Tensor
 
-from headwise.attention import attend
+from headwise.attention import Edit, attend
 from headwise.attention.readings import Top
 from headwise.errors import HeadwiseError
 from headwise.models import Opened
@@ -40,7 +39,7 @@ class RetrievalHeads(Question):
     count: Literal["set", "step"] = "set"
     rouge_min: float = 0.5
     kept_min: int = 10
-    max_new: int = 12
+    max_new: int = 16
     text: str | None = None
     threshold: float = 0.1  # type: ignore[misc]
     paper: ClassVar[Paper] = Paper("Retrieval Head Mechanistically Explains Long-Context Factuality", "2404.15574")
@@ -100,8 +99,8 @@ class RetrievalHeads(Question):
 
     def observe(self, opened: Opened, prompt: Prompt) -> dict[str, xr.Dataset]:
         hidden: Hidden = prompt.own
-        response, produced, tops = answer(opened, hidden.ids, self.max_new)
-        kept = recall(response, hidden.needle.answer) > self.rouge_min
+        found, produced, tops = answer(opened, hidden, self.max_new)
+        kept = found > self.rouge_min
         start, stop = hidden.answer if self.span == "answer" else hidden.sentence
         score = hits(tops.values, produced, hidden.ids[0].tolist(), start, stop, self.count)
         place = {"layer": tops["layer"], "head": tops["head"]}
@@ -141,23 +140,27 @@ def hits(top: np.ndarray, produced: Sequence[int], ids: Sequence[int], start: in
 
 
 @torch.no_grad()
-def answer(opened: Opened, ids: Tensor, max_new: int) -> tuple[str, list[int], xr.DataArray]:
-    """Greedy decoding after a plain prefill of all tokens but the last: the response up to a line's end, its tokens,
-    and the most attended key of every step as [layer, head, step]. The query of step t is the token before the t-th
-    generated one."""
-    model, tokenizer = opened.model, opened.tokenizer
+def answer(
+    opened: Opened, hidden: Hidden, max_new: int, edits: Sequence[Edit] = ()
+) -> tuple[float, list[int], xr.DataArray]:
+    """Greedy decoding after a plain prefill of all tokens but the last, until the answer is complete, a line ends or
+    `max_new` tokens are there: ROUGE-1 recall, the tokens, and the most attended key of every step as [layer, head,
+    step]. The query of step t is the token before the t-th generated one. `edits` act while decoding only."""
+    model, tokenizer, ids = opened.model, opened.tokenizer, hidden.ids
     keep = {"logits_to_keep": 1} if accepts(model, "logits_to_keep") else {}
     state = model(input_ids=ids[:, :-1], use_cache=True, **keep).past_key_values
-    ends = {tokenizer.eos_token_id, *tokenizer.all_special_ids}
     produced: list[int] = []
+    found = 0.0
     step = ids[:, -1:]
-    with attend(model, readings=[Top(1, stream="text")]) as run:
-        for _ in range(max_new):
+    with attend(opened, readings=[Top(1, stream="text")], edits=edits) as run:
+        while len(produced) < max_new and found < 1:
             seen = model(input_ids=step, past_key_values=state, use_cache=True)
             state, token = seen.past_key_values, int(seen.logits[0, -1].argmax())
             produced.append(token)
-            if token in ends or "\n" in tokenizer.decode(produced).lstrip():
+            said = tokenizer.decode(produced, skip_special_tokens=True)
+            found = recall(said, hidden.needle.answer)
+            if token in tokenizer.all_special_ids or "\n" in said.lstrip():
                 break
             step = torch.tensor([[token]], device=ids.device)
     tops = run.tree["text"]["top_index"].isel(sample=0, rank=0).transpose("layer", "head", "query")
-    return tokenizer.decode(produced, skip_special_tokens=True), produced, tops.rename(query="step")
+    return found, produced, tops.rename(query="step")
