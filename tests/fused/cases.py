@@ -2,7 +2,7 @@
 
 import torch
 from headwise.attention.fused import FusedCall
-from reference import error, reference
+from tests.fused.reference import error, reference
 
 ALL = frozenset({"mass", "entropy", "segment_entropy", "distance", "top"})
 

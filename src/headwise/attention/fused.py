@@ -9,7 +9,6 @@ knows; on the CPU only in Triton's interpreter (TRITON_INTERPRET=1), which the t
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -19,85 +18,13 @@ from torch import Tensor
 
 from headwise.attention.fused_kernels import forward
 from headwise.attention.fused_merge import merge
-from headwise.attention.fused_runs import runs_of, tile_bits
+from headwise.attention.fused_runs import tile_bits
+from headwise.attention.fused_types import SEGMENTS, WANTS, FusedCall, FusedResult, supports
 from headwise.errors import HeadwiseError
 
-WANTS = frozenset({"mass", "entropy", "segment_entropy", "distance", "top"})
-SEGMENTS = 32
 LOG2E = 1.4426950408889634
 PACKED_ROWS = 64
 """Up to so many rows (queries times heads that share keys) are worked on together, with the keys split."""
-
-
-@dataclass
-class FusedResult:
-    """Statistics are float32; rows that see no key are 0, with lse = -inf and top_index = -1."""
-
-    lse: Float[Tensor, "batch heads query"]
-    out: Float[Tensor, "batch heads query value_dim"] | None = None
-    mass: Float[Tensor, "batch heads query segment"] | None = None
-    entropy: Float[Tensor, "batch heads query"] | None = None
-    segment_entropy: Float[Tensor, "batch heads query segment"] | None = None
-    distance: Float[Tensor, "batch heads query"] | None = None
-    distance_sq: Float[Tensor, "batch heads query"] | None = None
-    top_value: Float[Tensor, "batch heads query"] | None = None
-    top_index: Int[Tensor, "batch heads query"] | None = None
-    path: str = ""
-
-
-@dataclass
-class FusedCall:
-    """What an attention call is made of; see `fused_attention` for the arguments."""
-
-    q: Float[Tensor, "batch heads query dim"]
-    k: Float[Tensor, "batch kv_heads key dim"]
-    v: Float[Tensor, "batch kv_heads key value_dim"] | None
-    scale: float
-    causal: bool = False
-    query_offset: int = 0
-    positions: Int[Tensor, " query"] | None = None
-    window: tuple[int | None, int | None] | None = None
-    key_valid: Bool[Tensor, "batch key"] | None = None
-    softcap: float | None = None
-    sinks: Float[Tensor, " heads"] | None = None
-    key_labels: Int[Tensor, "#batch key"] | None = None
-    query_labels: Int[Tensor, "#batch query"] | None = None
-    segments: int = 0
-    bias_table: Float[Tensor, "heads query_segment segment"] | None = None
-    key_bias: Float[Tensor, "#heads key"] | None = None
-    want: frozenset[str] = frozenset()
-
-    @property
-    def bounds(self) -> tuple[int | None, int | None]:
-        """Left and right: i - j <= left, j - i <= right."""
-        left, right = self.window or (None, None)
-        if self.causal:
-            right = 0 if right is None else min(right, 0)
-        return left, right
-
-    @property
-    def group(self) -> int:
-        return self.q.shape[1] // self.k.shape[1]
-
-
-def supports(call: FusedCall) -> tuple[bool, str]:
-    """Whether the kernels can do this call, and if not, why."""
-    wide = call.q.shape[-1] if call.v is None else max(call.q.shape[-1], call.v.shape[-1])
-    if call.q.device.type != "cuda" and not interpreted():
-        return False, f"the fused kernels need a GPU; the tensors are on {call.q.device.type}"
-    if call.q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        return False, f"the fused kernels know bfloat16, float16 and float32, not {call.q.dtype}"
-    if wide > 256:
-        return False, f"the fused kernels know heads of up to 256 dimensions, not {wide}"
-    if call.segments > SEGMENTS:
-        return False, f"the fused kernels keep up to {SEGMENTS} segments, not {call.segments}"
-    if any(x is not None and x.requires_grad for x in (call.q, call.k, call.v)) and torch.is_grad_enabled():
-        return False, "the fused kernels have no backward pass"
-    return True, ""
-
-
-def interpreted() -> bool:
-    return triton.knobs.runtime.interpret
 
 
 def fused_attention(
@@ -135,10 +62,12 @@ def fused_attention(
 
 def run(call: FusedCall) -> FusedResult:
     _check(call)
-    if hopper_fits(call):
-        from headwise.attention.fused_hopper import hopper
+    if call.q.device.type == "cuda" and not packed(call):
+        # Imported here: it needs Triton's experimental language, which only NVIDIA builds have.
+        from headwise.attention.fused_hopper_call import hopper, hopper_fits
 
-        return hopper(call)
+        if hopper_fits(call):
+            return hopper(call)
     shape = call.q.shape[:3]
     splits = split_count(call)
     found = portable(call, splits)
@@ -203,27 +132,6 @@ def split_count(call: FusedCall) -> int:
     return max(1, min(2 * multiprocessors(call.q.device) // busy, triton.cdiv(call.k.shape[2], 256), 64))
 
 
-def hopper_fits(call: FusedCall) -> bool:
-    """Whether the Hopper kernel can do this call: its shapes, and segments that come in long runs."""
-    q, k, v = call.q, call.k, call.v
-    if interpreted() or q.device.type != "cuda" or torch.cuda.get_device_capability(q.device)[0] != 9:
-        return False
-    if q.dtype == torch.float32 or v is None or q.shape[-1] != v.shape[-1] or q.shape[-1] not in (64, 128):
-        return False
-    if any(x is not None for x in (call.positions, call.window, call.key_valid, call.softcap, call.key_bias)):
-        return False
-    if call.want & {"distance", "top"} or packed(call):
-        return False
-    if any(x.stride(-1) != 1 or x.data_ptr() % 16 or any(s % 8 for s in x.stride()[:-1]) for x in (q, k, v)):
-        return False
-    if call.key_labels is None:
-        return True
-    from headwise.attention.fused_hopper import BLOCK_K
-
-    runs = runs_of(call.key_labels, call.segments, BLOCK_K)
-    return runs.count <= 64 + call.k.shape[2] // BLOCK_K
-
-
 def blocks(call: FusedCall) -> dict[str, int]:
     """Block sizes, warps and stages for the portable kernel."""
     wide = triton.next_power_of_2(max(call.q.shape[-1], call.v.shape[-1] if call.v is not None else 16))
@@ -272,7 +180,7 @@ def portable(call: FusedCall, splits: int = 1, group_bits: Tensor | None = None)
     def step(x, dim=0):
         return 0 if x is None or x.shape[dim] == 1 else x.stride(dim)
 
-    labelled = bool(want & {"mass", "segment_entropy"}) or call.bias_table is not None or group_bits is not None
+    labelled = call.labelled or group_bits is not None
     bits = tile_bits(call.key_labels.expand(batch, -1), tile, SEGMENTS) if group_bits is not None else None
     values = v if v is not None else k
     rows = queries * (call.group if pack else 1)

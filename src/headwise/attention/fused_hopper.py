@@ -9,10 +9,9 @@ cores and the exponentials overlap (the order of FlashAttention-3, arXiv 2407.08
 - Entropy is one more multiply-add per weight: t = sum p x with x = s - m in base 2, and p = 2^x.
 - Row sums stay spread over the four lanes that share a row until they are needed.
 
-Masses are left as base-2 logs of the unnormalised sums; the caller divides (`fused.py`).
+Masses are left as base-2 logs of the unnormalised sums; the caller divides (`fused_hopper_call.py`).
 """
 
-import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -22,19 +21,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
-from headwise.attention.fused import FusedCall, FusedResult
-from headwise.attention.fused_merge import finish_masses
-from headwise.attention.fused_runs import runs_of
 
 # Masked scores, and the running maximum before any key: NEG - START is far below any exponent, so masked keys weigh 0
 # even in rows that see no key at all, and no -inf - -inf arises.
 NEG = gl.constexpr(-1e30)
 START = gl.constexpr(-1e20)
 LN2 = gl.constexpr(0.6931471805599453)
-LOG2E = 1.4426950408889634
-BLOCK_Q, BLOCK_K, STAGES = 128, 128, 2
 
 
 @gluon.jit
@@ -61,18 +53,23 @@ def hide(s, position, first, K, CAUSAL: gl.constexpr, BN: gl.constexpr, layout: 
 
 
 @gluon.jit
-def add_bias(s, b, row_bias, run, start, first, runs, scale, G: gl.constexpr, BN: gl.constexpr, layout: gl.constexpr):
-    """A tile in which runs end: every run's bias, put into the scores. Row bias is then 0."""
+def add_bias(s, b, next_b, run, start, next_start, first, runs, row_bias, scale, BN: gl.constexpr,
+             layout: gl.constexpr):  # fmt: skip
+    """A tile in which runs begin: every run's bias, put into the scores. The row's bias is then 0."""
     column = first + gl.arange(0, BN, gl.SliceLayout(0, layout))
     inverse = 1.0 / scale
     s = gl.where((column >= start)[None, :], s + (b * inverse)[:, None], s)
     edge = start
+    here = next_start
+    value = next_b
+    run -= 1
     while edge > first:
-        run -= 1
-        here, label = run_at(runs, run)
-        value = gl.load(row_bias + (label & 255)) * inverse
-        s = gl.where(((column >= here) & (column < edge))[None, :], s + value[:, None], s)
+        s = gl.where(((column >= here) & (column < edge))[None, :], s + (value * inverse)[:, None], s)
         edge = here
+        if edge > first:
+            run -= 1
+            here = gl.load(runs + 2 * run)
+            value = gl.load(row_bias + run)
     return s
 
 
@@ -122,7 +119,8 @@ def weights(s, m, b, scale, BIAS: gl.constexpr):
 
 
 @gluon.jit
-def count(p, x, l, t, lr, tr, dm, alpha, m, run, start, label, b, first, runs, mass, inner, row_bias, valid,
+def count(p, x, l, t, lr, tr, dm, alpha, m, run, start, label, b, next_start, next_label, next_b, first,
+          runs, mass, inner, row_bias, valid,
           MASS: gl.constexpr, INNER: gl.constexpr, ENTROPY: gl.constexpr, BIAS: gl.constexpr,
           ROWS: gl.constexpr, BN: gl.constexpr, LAYOUT: gl.constexpr):  # fmt: skip
     """Add one tile's weights to the sums of the row and of its run; close the runs that begin in this tile."""
@@ -148,20 +146,25 @@ def count(p, x, l, t, lr, tr, dm, alpha, m, run, start, label, b, first, runs, m
                 close_run(lr, tr, m, label, mass, inner, valid, ROW, INNER)
                 lr = lr * 0.0
                 tr = tr * 0.0
-                run -= 1
+                # The next run is known already, the one after it is fetched now: nothing waits for memory.
                 edge = start
-                start, label = run_at(runs, run)
+                start = next_start
+                label = next_label
+                run -= 1
+                after = gl.maximum(run - 1, 0)
+                next_start, next_label = run_at(runs, after)
+                if BIAS:
+                    b = next_b
+                    next_b = gl.load(row_bias + after)
             part = gl.where((column < edge)[None, :], p, 0.0)
             lr = lane_sum(part, ROWS, BN)
             if INNER:
                 tr = lane_sum(part * log_of(part), ROWS, BN)
-            if BIAS:
-                b = gl.load(row_bias + (label & 255))
         else:
             lr += amount
             if INNER:
                 tr += spread
-    return l, t, lr, tr, run, start, label, b
+    return l, t, lr, tr, run, start, label, b, next_start, next_label, next_b
 
 
 @gluon.jit
@@ -171,7 +174,7 @@ def consumer(W: gl.constexpr, mem, tensors, numbers, place,
              STAGES: gl.constexpr):  # fmt: skip
     q_smem, k_smem, v_smem, q_ready, k_ready, k_free, v_ready, v_free = mem
     out, lse, entropy, mass, inner, runs, run_of_tile, bias, query_labels, sinks = tensors
-    so_b, so_h, so_q, heads, Q, K, offset, scale, run_stride, tile_stride, bias_stride = numbers
+    so_b, so_h, so_q, heads, Q, K, offset, scale, run_stride, tile_stride, bias_b, bias_h, bias_q = numbers
     batch, head, q_tile, tiles, masked, last = place
     ROWS: gl.constexpr = BM // 2
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
@@ -198,6 +201,9 @@ def consumer(W: gl.constexpr, mem, tensors, numbers, place,
     run = 0
     start = 0
     label = 0
+    next_start = 0
+    next_label = 0
+    next_b = b
     mass += at * G
     inner += at * G
     row_bias = bias + gl.zeros([ROWS], gl.int32, ROW)
@@ -205,10 +211,12 @@ def consumer(W: gl.constexpr, mem, tensors, numbers, place,
         runs += batch * run_stride
         run = gl.load(run_of_tile + batch * tile_stride + last)
         start, label = run_at(runs, run)
+        next_start, next_label = run_at(runs, gl.maximum(run - 1, 0))
     if BIAS:
         segment = gl.load(query_labels + batch * Q + row, mask=valid, other=0)
-        row_bias += head * bias_stride + segment * G
-        b = gl.load(row_bias + (label & 255))
+        row_bias += batch * bias_b + head * bias_h + segment * bias_q
+        b = gl.load(row_bias + run)
+        next_b = gl.load(row_bias + gl.maximum(run - 1, 0))
 
     mbarrier.wait(q_ready.index(W), 0)
     mbarrier.wait(k_ready.index(0), 0)
@@ -218,12 +226,12 @@ def consumer(W: gl.constexpr, mem, tensors, numbers, place,
     s = hide(s, position, last * BN, K, CAUSAL, BN, LAYOUT)
     if BIAS:
         if start > last * BN:
-            s = add_bias(s, b, row_bias, run, start, last * BN, runs, scale, G, BN, LAYOUT)
+            s = add_bias(s, b, next_b, run, start, next_start, last * BN, runs, row_bias, scale, BN, LAYOUT)
             b = b * 0.0
     m, x, p = weights(s, m, b, scale, BIAS)
-    l, t, lr, tr, run, start, label, b = count(
-        p, x, l, t, lr, tr, l, l, m, run, start, label, b, last * BN, runs, mass, inner, row_bias, valid,
-        MASS, INNER, ENTROPY, BIAS, ROWS, BN, LAYOUT)  # fmt: skip
+    l, t, lr, tr, run, start, label, b, next_start, next_label, next_b = count(
+        p, x, l, t, lr, tr, l, l, m, run, start, label, b, next_start, next_label, next_b, last * BN,
+        runs, mass, inner, row_bias, valid, MASS, INNER, ENTROPY, BIAS, ROWS, BN, LAYOUT)  # fmt: skip
     pb = gl.convert_layout(p.to(dtype), P_LAYOUT)
     for part in gl.static_range(2):
         low = 1 if part == 0 else masked
@@ -243,7 +251,7 @@ def consumer(W: gl.constexpr, mem, tensors, numbers, place,
                 s = hide(s, position, first, K, CAUSAL, BN, LAYOUT)
             if BIAS:
                 if start > first:
-                    s = add_bias(s, b, row_bias, run, start, first, runs, scale, G, BN, LAYOUT)
+                    s = add_bias(s, b, next_b, run, start, next_start, first, runs, row_bias, scale, BN, LAYOUT)
                     b = b * 0.0
             new, x, p = weights(s, m, b, scale, BIAS)
             alpha = gl.exp2(m - new)
@@ -252,9 +260,9 @@ def consumer(W: gl.constexpr, mem, tensors, numbers, place,
             o, pb = warpgroup_mma_wait(0, deps=[o_token, pb])
             mbarrier.arrive(v_free.index(before))
             o = o * gl.convert_layout(alpha, O_ROW)[:, None]
-            l, t, lr, tr, run, start, label, b = count(
-                p, x, l, t, lr, tr, dm, gl.convert_layout(alpha, PART)[:, None], m, run, start, label, b, first,
-                runs, mass, inner, row_bias, valid, MASS, INNER, ENTROPY, BIAS, ROWS, BN, LAYOUT)  # fmt: skip
+            l, t, lr, tr, run, start, label, b, next_start, next_label, next_b = count(
+                p, x, l, t, lr, tr, dm, gl.convert_layout(alpha, PART)[:, None], m, run, start, label, b,
+                next_start, next_label, next_b, first, runs, mass, inner, row_bias, valid, MASS, INNER, ENTROPY, BIAS, ROWS, BN, LAYOUT)  # fmt: skip
             pb = gl.convert_layout(p.to(dtype), P_LAYOUT)
     final = (tiles - 1) % STAGES
     mbarrier.wait(v_ready.index(final), ((tiles - 1) // STAGES) & 1)
@@ -312,7 +320,7 @@ def producer(descs, mem, batch, head, kv_head, q_tile, tiles, last,
 
 @gluon.jit
 def hopper_forward(q_desc, k_desc, v_desc, out, lse, entropy, mass, inner, runs, run_of_tile, bias, query_labels, sinks,
-                   so_b, so_h, so_q, heads, group, Q, K, offset, scale, run_stride, tile_stride, bias_stride,
+                   so_b, so_h, so_q, heads, group, Q, K, offset, scale, run_stride, tile_stride, bias_b, bias_h, bias_q,
                    G: gl.constexpr, CAUSAL: gl.constexpr, MASS: gl.constexpr, INNER: gl.constexpr,
                    ENTROPY: gl.constexpr, BIAS: gl.constexpr, SINKS: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
                    D: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
@@ -350,7 +358,7 @@ def hopper_forward(q_desc, k_desc, v_desc, out, lse, entropy, mass, inner, runs,
     fence_async_shared()
     mem = (q_smem, k_smem, v_smem, q_ready, k_ready, k_free, v_ready, v_free)
     tensors = (out, lse, entropy, mass, inner, runs, run_of_tile, bias, query_labels, sinks)
-    numbers = (so_b, so_h, so_q, heads, Q, K, offset, scale, run_stride, tile_stride, bias_stride)
+    numbers = (so_b, so_h, so_q, heads, Q, K, offset, scale, run_stride, tile_stride, bias_b, bias_h, bias_q)
     place = (batch, head, q_tile, tiles, masked, last)
     gl.warp_specialize([
         (consumer, (0, mem, tensors, numbers, place, G, CAUSAL, MASS, INNER, ENTROPY, BIAS, SINKS, BM, BN, D, STAGES)),
@@ -358,49 +366,3 @@ def hopper_forward(q_desc, k_desc, v_desc, out, lse, entropy, mass, inner, runs,
         (producer, ((q_desc, k_desc, v_desc), mem, batch, head, kv_head, q_tile, tiles, last, BM, BN, STAGES)),
     ], [4, 1], [240, 24])  # fmt: skip
 
-
-def hopper(call: FusedCall) -> FusedResult:
-    """Run the kernel on a call that `fused.hopper_fits`."""
-    q, k, v = call.q, call.k, call.v
-    batch, heads, queries, dim = q.shape
-    kv_heads, keys = k.shape[1:3]
-    entropy, inner = "entropy" in call.want, "segment_entropy" in call.want
-    labelled = bool(call.want & {"mass", "segment_entropy"}) or call.bias_table is not None
-    runs = runs_of(call.key_labels, call.segments, BLOCK_K) if labelled else None
-    slots = runs.slots if runs is not None else 1
-    out = torch.empty((batch, queries, heads, dim), dtype=q.dtype, device=q.device).transpose(1, 2)
-    lse = torch.empty((batch, heads, queries), dtype=torch.float32, device=q.device)
-    nats = torch.empty_like(lse) if entropy else lse
-    mass = lse.new_full((batch, heads, queries, slots), float("-inf")) if labelled else lse
-    within = torch.zeros_like(mass) if inner else lse
-    bias, query_labels = lse, lse
-    if call.bias_table is not None:
-        bias = torch.nn.functional.pad(call.bias_table.float() * LOG2E, (0, slots - call.segments)).clamp(min=-1e30)
-        query_labels = call.query_labels.expand(batch, -1).int().contiguous()
-    kind = gl.bfloat16 if q.dtype == torch.bfloat16 else gl.float16
-
-    def described(x, rows):
-        layout = gl.NVMMASharedLayout.get_default_for([1, 1, rows, dim], kind)
-        return TensorDescriptor.from_tensor(x, [1, 1, rows, dim], layout)
-
-    hopper_forward[(batch * heads * -(-queries // BLOCK_Q),)](
-        described(q, BLOCK_Q // 2), described(k, BLOCK_K), described(v, BLOCK_K), out, lse, nats, mass, within,
-        runs.table if labelled else lse, runs.of_tile if labelled else lse, bias, query_labels,
-        call.sinks.float() if call.sinks is not None else lse,
-        *out.stride()[:3], heads, heads // kv_heads, queries, keys, call.query_offset, call.scale * LOG2E,
-        *(spread(runs.table), spread(runs.of_tile)) if labelled else (0, 0), bias.stride(0),
-        G=slots, CAUSAL=call.causal, MASS=labelled, INNER=inner, ENTROPY=entropy, BIAS=call.bias_table is not None,
-        SINKS=call.sinks is not None, BM=BLOCK_Q, BN=BLOCK_K, D=dim, STAGES=STAGES, num_warps=4,
-    )  # fmt: skip
-    found = FusedResult(lse, out, entropy=nats if entropy else None, path="hopper")
-    if call.want & {"mass", "segment_entropy"}:
-        finish_masses(mass, lse)
-        found.mass = mass[..., : call.segments]
-    if inner:
-        found.segment_entropy = within.mul_(0.6931471805599453)[..., : call.segments]
-    return found
-
-
-def spread(x: torch.Tensor) -> int:
-    """Entries from one sample to the next; 0 when all samples share one."""
-    return 0 if x.shape[0] == 1 else x.stride(0)

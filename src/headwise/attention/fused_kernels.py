@@ -223,7 +223,7 @@ def forward(Q, K, V, OUT, LSE, ENTROPY, MASS, INNER, DISTANCE, DISTANCE_SQ, TOP,
         tl.store(o_at, o.to(OUT.dtype.element_ty), mask=there[:, None] & (vdim < DV)[None, :])
     if W_ENTROPY:
         # -sum a log a = share log Z - sum a s, all relative to the maximum.
-        nats = tl.where(share > 0, share * (log - m) - t * norm, 0.0)
+        nats = share * tl.where(share > 0, log - m, 0.0) - t * norm
         tl.store(ENTROPY + at, nats * LN2, mask=there)
     if W_DISTANCE:
         tl.store(DISTANCE + at, far * norm, mask=there)
