@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -99,7 +99,7 @@ class RetrievalHeads(Question):
 
     def observe(self, opened: Opened, prompt: Prompt) -> dict[str, xr.Dataset]:
         hidden: Hidden = prompt.own
-        found, produced, tops = answer(opened, hidden, self.max_new)
+        found, produced, tops = answer(opened, hidden, prefill(opened, hidden), self.max_new)
         kept = found > self.rouge_min
         start, stop = hidden.answer if self.span == "answer" else hidden.sentence
         score = hits(tops.values, produced, hidden.ids[0].tolist(), start, stop, self.count)
@@ -140,15 +140,20 @@ def hits(top: np.ndarray, produced: Sequence[int], ids: Sequence[int], start: in
 
 
 @torch.no_grad()
+def prefill(opened: Opened, hidden: Hidden) -> Any:
+    """The cache after a plain forward of all tokens but the last."""
+    keep = {"logits_to_keep": 1} if accepts(opened.model, "logits_to_keep") else {}
+    return opened.model(input_ids=hidden.ids[:, :-1], use_cache=True, **keep).past_key_values
+
+
+@torch.no_grad()
 def answer(
-    opened: Opened, hidden: Hidden, max_new: int, edits: Sequence[Edit] = ()
+    opened: Opened, hidden: Hidden, state: Any, max_new: int, edits: Sequence[Edit] = ()
 ) -> tuple[float, list[int], xr.DataArray]:
-    """Greedy decoding after a plain prefill of all tokens but the last, until the answer is complete, a line ends or
-    `max_new` tokens are there: ROUGE-1 recall, the tokens, and the most attended key of every step as [layer, head,
-    step]. The query of step t is the token before the t-th generated one. `edits` act while decoding only."""
+    """Greedy decoding from a prefilled cache (it grows) until the answer is complete, a line ends or `max_new` tokens
+    are there: ROUGE-1 recall, the tokens, and the most attended key of every step as [layer, head, step]. The query of
+    step t is the token before the t-th generated one. `edits` act while decoding only."""
     model, tokenizer, ids = opened.model, opened.tokenizer, hidden.ids
-    keep = {"logits_to_keep": 1} if accepts(model, "logits_to_keep") else {}
-    state = model(input_ids=ids[:, :-1], use_cache=True, **keep).past_key_values
     produced: list[int] = []
     found = 0.0
     step = ids[:, -1:]
