@@ -43,7 +43,9 @@ def calls(draw, dtype: torch.dtype, most: int = 300) -> AttentionCall:
         mask.allowed = torch.rand(draw(st.sampled_from([1, batch])), 1, queries, keys, generator=generator) > 0.4
     if kind == "added":
         mask.added = random(1, draw(st.sampled_from([1, heads])), draw(st.sampled_from([1, queries])), keys)
-        mask.added = mask.added.masked_fill(torch.rand(mask.added.shape, generator=generator) > 0.7, torch.finfo(dtype).min)
+        mask.added = mask.added.masked_fill(
+            torch.rand(mask.added.shape, generator=generator) > 0.7, torch.finfo(dtype).min
+        )
     if kind == "indices":
         mask.indices = torch.randint(0, keys, (batch, queries, draw(st.integers(1, 20))), generator=generator)
     if draw(st.booleans()):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import headwise.attention.stream as streaming
 from headwise.attention.call import AttentionCall
 from headwise.attention.dense import dense
-from headwise.attention.edits import Rebase, Reweight, ScoreBias, ScoreMap, Shift
+from headwise.attention.edits import Reweight, ScoreBias, ScoreMap, Shift
 from headwise.attention.effects import resolve
 from headwise.attention.readings import (
     At,
@@ -68,7 +68,7 @@ def edits(draw, call: AttentionCall):
         "relative": (ScoreBias(1.0, keys="window:2"), heads),
         "map": (ScoreMap(lambda s: s + s.clamp(min=0), keys="middle", queries="start"), heads),
         "reweight": (Reweight(lambda m: 0.5 / m.clamp(min=1e-3).sqrt(), groups=("start", "end")), heads),
-        "again": (Reweight(lambda m: 1 - m / 2, groups=("window:1",), queries="end") , every),
+        "again": (Reweight(lambda m: 1 - m / 2, groups=("window:1",), queries="end"), every),
         "shift": (Shift(q=step, k=step, tokens="middle"), heads),
     }
     return [kinds[name] for name in draw(st.lists(st.sampled_from(sorted(kinds)), max_size=4, unique=True))]
@@ -77,7 +77,8 @@ def edits(draw, call: AttentionCall):
 def close(a: torch.Tensor, b: torch.Tensor, tolerance: float, what: str) -> None:
     a, b = a.double(), b.double()
     assert a.shape == b.shape, what
-    assert torch.equal(a.isnan(), b.isnan()) and torch.equal(a.isinf(), b.isinf()), what
+    assert torch.equal(a.isnan(), b.isnan()), what
+    assert torch.equal(a.isinf(), b.isinf()), what
     finite = a.isfinite()
     a, b = a[finite], b[finite]
     error = ((a - b).abs() / (1 + b.abs())).max() if len(a) else torch.zeros(())

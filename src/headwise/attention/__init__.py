@@ -20,18 +20,31 @@ from headwise.attention.readings import (
 )
 from headwise.attention.run import Run, SiteReport, attend, probe
 
-READINGS = (
-    "At Distance Entropy HeadOutput Inputs LogSumExp Map Mass Propagate Received Scores SegmentEntropy Top".split()
-)
-EDITS = "Blend HeadGain Rebase Reweight ScoreBias ScoreMap Shift".split()
-
-__all__ = [  # noqa: PLE0604
-    *READINGS,
-    *EDITS,
+__all__ = [
+    "At",
+    "Blend",
+    "Distance",
     "Edit",
+    "Entropy",
+    "HeadGain",
+    "HeadOutput",
+    "Inputs",
+    "LogSumExp",
+    "Map",
+    "Mass",
+    "Propagate",
     "Reading",
+    "Rebase",
+    "Received",
+    "Reweight",
     "Run",
+    "ScoreBias",
+    "ScoreMap",
+    "Scores",
+    "SegmentEntropy",
+    "Shift",
     "SiteReport",
+    "Top",
     "attend",
     "force_path",
     "probe",

@@ -106,9 +106,7 @@ class AttentionCall:
         if heads is not None:
             index = torch.tensor(heads, device=self.q.device)
             kv = index // self.group
-            mask = replace(
-                call.mask, allowed=pick(call.mask.allowed, 1, index), added=pick(call.mask.added, 1, index)
-            )
+            mask = replace(call.mask, allowed=pick(call.mask.allowed, 1, index), added=pick(call.mask.added, 1, index))
             call = replace(
                 call,
                 q=call.q[:, index],

@@ -38,13 +38,13 @@ class Spec:
 
 
 class Carrier(torch.Tensor):
-    """`[batch, 1, query, key]` of bool without storage; `.spec` says what it stands for."""
+    """`[batch, 1, query, key]` without storage; `.spec` says what it stands for."""
 
     spec: Spec
 
     @staticmethod
-    def of(spec: Spec, shape: tuple[int, ...], device: torch.device) -> Carrier:
-        empty = torch.zeros((), dtype=torch.bool, device=device).expand(shape)
+    def of(spec: Spec, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Carrier:
+        empty = torch.zeros((), dtype=dtype, device=device).expand(shape)
         carrier = torch.Tensor._make_subclass(Carrier, empty)
         carrier.spec = spec
         return carrier
@@ -73,7 +73,9 @@ def _takes_all(carrier: Carrier, index: Any) -> bool:
     if not isinstance(index, tuple) or len(index) > 4 or not all(isinstance(i, slice) for i in index):
         return False
     return all(
-        i.step in (None, 1) and i.start in (None, 0) and (i.stop is None or (isinstance(i.stop, int) and i.stop >= size))
+        i.step in (None, 1)
+        and i.start in (None, 0)
+        and (i.stop is None or (isinstance(i.stop, int) and i.stop >= size))
         for i, size in zip(index, carrier.shape, strict=False)
     )
 
@@ -87,7 +89,9 @@ def known_rule(function: Any) -> Mask | None:
     if function is m.bidirectional_mask_function:
         return Mask()
     name = getattr(function, "__qualname__", "")
-    cells = dict(zip(getattr(getattr(function, "__code__", None), "co_freevars", ()), function.__closure__ or (), strict=False))
+    cells = dict(
+        zip(getattr(getattr(function, "__code__", None), "co_freevars", ()), function.__closure__ or (), strict=False)
+    )
     if name == "and_masks.<locals>.and_mask":
         parts = [known_rule(f) for f in cells["mask_functions"].cell_contents]
         if any(p is None for p in parts):
@@ -122,9 +126,12 @@ def carry(original: str, **asked: Any) -> Carrier:
         if full is not None and not bool(full[:, j0 : j0 + keys].all()):
             mask.key_valid = full[:, j0 : j0 + keys]
 
+    # The carrier claims the dtype that the real mask will have when code touches it.
+    dtype = asked.get("dtype", torch.float32) if original == "eager" else torch.bool
+
     def build() -> Tensor:
         known = ALL_MASK_ATTENTION_FUNCTIONS
         function = known[original if original in ("sdpa", "eager") else "sdpa"]
         return function(**{**asked, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})
 
-    return Carrier.of(Spec(mask, offset, j0, build, padding), (batch, 1, queries, keys), device)
+    return Carrier.of(Spec(mask, offset, j0, build, padding), (batch, 1, queries, keys), device, dtype)

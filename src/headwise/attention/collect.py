@@ -56,7 +56,9 @@ class Collector:
             return {reading.variables[0]: new(len(concrete(reading.segments, known)))}
         if isinstance(reading, Top):
             return {"top_value": new(reading.k), "top_index": new(reading.k, fill=-1, dtype=torch.long)}
-        if isinstance(reading, (Received, Propagate)) and not (isinstance(reading, Propagate) and reading.side == "right"):
+        if isinstance(reading, (Received, Propagate)) and not (
+            isinstance(reading, Propagate) and reading.side == "right"
+        ):
             last = (reading.x.shape[1],) if isinstance(reading, Propagate) else ()
             return {name: new(*last, along=call.keys) for name in reading.variables}
         if isinstance(reading, Propagate):
@@ -78,7 +80,9 @@ class Collector:
         for reading in self.readings:
             values = self.values[reading]
             if isinstance(reading, Mass):
-                for number, name in enumerate(concrete(reading.segments, self.call.labels.names if self.call.labels else ())):
+                for number, name in enumerate(
+                    concrete(reading.segments, self.call.labels.names if self.call.labels else ())
+                ):
                     values["mass"][:, :, rows, number] = self._mass(name, rows, block, factors)
             elif isinstance(reading, Entropy):
                 spread = block.sums.get("spread", block.mass * 0)

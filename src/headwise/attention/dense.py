@@ -14,7 +14,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from headwise.attention.call import AttentionCall
-from headwise.errors import HeadwiseError
 from headwise.attention.effects import Effects, KeySet, key_set
 from headwise.attention.readings import (
     At,
@@ -31,6 +30,7 @@ from headwise.attention.readings import (
     Top,
     concrete,
 )
+from headwise.errors import HeadwiseError
 
 Values = dict[str, Tensor]
 BLOCKED = -1e29
@@ -77,7 +77,9 @@ def scores(effects: Effects, dtype: torch.dtype) -> Matrix:
         s = _put(s, edit.heads, torch.where(chosen, edit.fn(s[:, edit.heads]), s[:, edit.heads]))
     for bias in effects.biases:
         part = s[:, bias.heads]
-        step = torch.full_like(part, bias.value) if bias.vector is None else part * 0 + bias.value * bias.vector.to(dtype)
+        step = (
+            torch.full_like(part, bias.value) if bias.vector is None else part * 0 + bias.value * bias.vector.to(dtype)
+        )
         s = _put(s, bias.heads, part + torch.where(_where(call, bias.keys, bias.queries, part), step, 0.0))
     seen = call.mask.dense(call.i, call.j0, call.keys)
     if call.mask.added is not None:
@@ -85,7 +87,11 @@ def scores(effects: Effects, dtype: torch.dtype) -> Matrix:
         s = s + call.mask.added.to(dtype)
     visible, seen = seen, seen & (s > BLOCKED)
     s = s.masked_fill(~seen, float("-inf"))
-    column = s if call.sinks is None else torch.cat([s, call.sinks.to(dtype)[None, :, None, None].expand(*s.shape[:3], 1)], -1)
+    column = (
+        s
+        if call.sinks is None
+        else torch.cat([s, call.sinks.to(dtype)[None, :, None, None].expand(*s.shape[:3], 1)], -1)
+    )
     lse = torch.logsumexp(column, -1)
     a = torch.where(seen, torch.exp(s - lse.nan_to_num(neginf=0.0)[..., None]), 0.0)
     return Matrix(call, s, a, lse, seen, visible)
@@ -129,7 +135,9 @@ def read(reading: Reading, matrix: Matrix) -> Values:
 def _(reading: Mass, matrix: Matrix) -> Values:
     call = matrix.call
     names = concrete(reading.segments, call.labels.names if call.labels else ())
-    return {"mass": torch.stack([(matrix.a * _where(call, key_set(call, n), None, matrix.a)).sum(-1) for n in names], -1)}
+    return {
+        "mass": torch.stack([(matrix.a * _where(call, key_set(call, n), None, matrix.a)).sum(-1) for n in names], -1)
+    }
 
 
 @read.register

@@ -6,7 +6,7 @@ sink column -> softmax -> Reweight -> Blend -> HeadGain. Edits of one kind apply
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -27,7 +27,7 @@ class Edit:
     def __post_init__(self) -> None:
         label = type(self).__name__
         layers = as_tuple(self.layer, f"{label}(layer=...)")
-        heads = self.heads
+        heads: Any = self.heads
         if heads is not None:
             heads = (heads,) if isinstance(heads, int) else tuple(heads)
             if not heads:
@@ -41,12 +41,24 @@ class Edit:
         object.__setattr__(self, "layer", layers)
         object.__setattr__(self, "heads", heads)
 
+    @property
+    def pairs(self) -> tuple[tuple[int, int], ...] | None:
+        """The (layer, head) pairs, where heads were given so."""
+        return None if not self.heads or isinstance(self.heads[0], int) else self.heads  # type: ignore[return-value]
+
+    @property
+    def chosen_layers(self) -> tuple[int, ...] | None:
+        """The layers named, None for all."""
+        if self.pairs is not None:
+            return tuple(sorted({layer for layer, _ in self.pairs}))
+        return self.layer  # type: ignore[return-value]
+
     def heads_in(self, layer: int, count: int) -> list[int] | None:
         """The heads this edit means in a layer of `count` heads; None = not this layer."""
-        if self.heads and not isinstance(self.heads[0], int):
-            chosen = [h for (where, h) in self.heads if where == layer]  # type: ignore[misc]
-        elif self.layer is not None and layer not in self.layer:
+        if self.chosen_layers is not None and layer not in self.chosen_layers:
             return None
+        if self.pairs is not None:
+            chosen = [h for (where, h) in self.pairs if where == layer]
         else:
             chosen = list(range(count)) if self.heads is None else list(self.heads)  # type: ignore[arg-type]
         for head in chosen:
@@ -73,14 +85,16 @@ class ScoreBias(Edit):
         if isinstance(self.keys, Tensor) and self.keys.ndim != 1:
             raise HeadwiseError(f"ScoreBias(keys=...) must be one number a key; got shape {tuple(self.keys.shape)}.")
         if isinstance(self.keys, Tensor) and self.value == -float("inf"):
-            raise HeadwiseError("ScoreBias(value=-inf) wants a segment name: put -inf into the vector over keys itself.")
+            raise HeadwiseError(
+                "ScoreBias(value=-inf) wants a segment name: put -inf into the vector over keys itself."
+            )
 
 
 @dataclass(frozen=True, eq=False)
 class ScoreMap(Edit):
     """`s_ij -> fn(s_ij)` pointwise, for keys and queries of the named segments (None: all)."""
 
-    fn: Callable[[Tensor], Tensor] = torch.nn.Identity()
+    fn: Callable[[Tensor], Tensor] = torch.clone
     keys: str | None = None
     queries: str | None = None
 
@@ -107,7 +121,9 @@ class Reweight(Edit):
         if not self.groups or len(set(self.groups)) != len(self.groups):
             raise HeadwiseError(f"Reweight(groups=...) must name different segments; got {self.groups!r}.")
         if len(self.groups) > 1 and any(is_relative(g) for g in self.groups):
-            raise HeadwiseError(f"Reweight(groups=...): a relative segment overlaps others, give it alone; got {self.groups!r}.")
+            raise HeadwiseError(
+                f"Reweight(groups=...): a relative segment overlaps others, give it alone; got {self.groups!r}."
+            )
         if not callable(self.rule):
             raise HeadwiseError(f"Reweight(rule=...) must be a function of the masses; got {self.rule!r}.")
 
@@ -148,7 +164,9 @@ class HeadGain(Edit):
     def __post_init__(self) -> None:
         super().__post_init__()
         if isinstance(self.gain, str) and self.gain not in ("mean", "resample"):
-            raise HeadwiseError(f'HeadGain(gain=...) must be a number, "mean", "resample" or a tensor; got {self.gain!r}.')
+            raise HeadwiseError(
+                f'HeadGain(gain=...) must be a number, "mean", "resample" or a tensor; got {self.gain!r}.'
+            )
 
 
 @dataclass(frozen=True, eq=False)

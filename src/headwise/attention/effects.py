@@ -230,7 +230,9 @@ def _target(call: AttentionCall, edit: Blend, index: Tensor, uniform: Callable[[
         return (part.v * share[:, None, :, None]).sum(2, keepdim=True)
     own = call.i - call.j0
     if int(own.min()) < 0 or int(own.max()) >= call.keys:
-        raise HeadwiseError(f'Blend(target="own") needs self-attention; {call.site and call.site.name} attends elsewhere.')
+        raise HeadwiseError(
+            f'Blend(target="own") needs self-attention; {call.site and call.site.name} attends elsewhere.'
+        )
     return part.v[:, :, own]
 
 

@@ -142,11 +142,11 @@ def library_can(effects: Effects) -> bool:
 
 
 def library_form(call: AttentionCall) -> str | None:
-    """"causal" or "full" where no mask tensor is needed."""
+    """ "causal" or "full" where no mask tensor is needed."""
     mask = call.mask
     if any(x is not None for x in (mask.left, mask.key_valid, mask.rule, mask.allowed, mask.added, mask.indices)):
         return None
-    if mask.right is None or call.queries == 1 and call.j0 + call.keys - 1 <= int(call.i[0]) + mask.right:
+    if mask.right is None or (call.queries == 1 and call.j0 + call.keys - 1 <= int(call.i[0]) + mask.right):
         return "full"
     square = mask.right == 0 and call.queries == call.keys and int(call.i[0]) == call.j0
     return "causal" if square else None
@@ -236,7 +236,9 @@ def plain(part: Part, call: AttentionCall, out: Tensor) -> Values:
         if call.site is None or call.site.kind == "self":
             x = x[:, :, new[(new >= 0) & (new < call.keys)]]
         x = x.repeat_interleave(call.group, 1)
-        values[f"input_{what}"] = _pick(x, Part(part.reading, part.rows if x.shape[2] == call.queries else None, part.heads))
+        values[f"input_{what}"] = _pick(
+            x, Part(part.reading, part.rows if x.shape[2] == call.queries else None, part.heads)
+        )
     return values
 
 

@@ -26,16 +26,16 @@ if TYPE_CHECKING:
 SDPA = inspect.Signature(
     [
         inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=default)
-        for name, default in dict(
-            query=inspect.Parameter.empty,
-            key=inspect.Parameter.empty,
-            value=inspect.Parameter.empty,
-            attn_mask=None,
-            dropout_p=0.0,
-            is_causal=False,
-            scale=None,
-            enable_gqa=False,
-        ).items()
+        for name, default in {
+            "query": inspect.Parameter.empty,
+            "key": inspect.Parameter.empty,
+            "value": inspect.Parameter.empty,
+            "attn_mask": None,
+            "dropout_p": 0.0,
+            "is_causal": False,
+            "scale": None,
+            "enable_gqa": False,
+        }.items()
     ]
 )
 MHA = inspect.signature(F.multi_head_attention_forward)
@@ -139,10 +139,8 @@ def project(a: dict[str, Any], query: Tensor, key: Tensor, value: Tensor) -> tup
     return tuple(F.linear(x, w, b) for x, w, b in zip((query, key, value), matrices, biases, strict=True))
 
 
-def merge_masks(
-    given: Tensor | None, padding: Tensor | None, batch: int, heads: int, batched: bool
-) -> Tensor | None:
-    """`nn.MultiheadAttention`'s two masks (True = blocked, or additive) as one of ours (True = allowed, or additive)."""
+def merge_masks(given: Tensor | None, padding: Tensor | None, batch: int, heads: int, batched: bool) -> Tensor | None:
+    """`nn.MultiheadAttention`'s two masks (True = blocked, or additive) as one of ours (True = allowed)."""
     parts = []
     if given is not None:
         shaped = given.view(batch, heads, *given.shape[-2:]) if given.ndim == 3 else given[None, None]
@@ -155,5 +153,8 @@ def merge_masks(
     if all(p.dtype == torch.bool for p in parts):
         blocked = parts[0] if len(parts) == 1 else parts[0] | parts[1]
         return ~blocked
-    floats = [p if p.is_floating_point() else torch.zeros(p.shape, device=p.device).masked_fill(p, float("-inf")) for p in parts]
+    floats = [
+        p if p.is_floating_point() else torch.zeros(p.shape, device=p.device).masked_fill(p, float("-inf"))
+        for p in parts
+    ]
     return floats[0] if len(floats) == 1 else floats[0] + floats[1]

@@ -99,7 +99,9 @@ class Mask:
         batch = torch.arange(self.batch, device=i.device)
         head = torch.zeros(1, dtype=torch.long, device=i.device)
         if not self.vmap:
-            seen = self.rule(batch[:, None, None, None], head[None, :, None, None], i[None, None, :, None], j[None, None, None, :])
+            seen = self.rule(
+                batch[:, None, None, None], head[None, :, None, None], i[None, None, :, None], j[None, None, None, :]
+            )
             return torch.as_tensor(seen, device=i.device).expand(self.batch, 1, len(i), len(j))
         from transformers.masking_utils import TransformGetItemToIndex, _vmap_expansion_sdpa
 
@@ -110,7 +112,7 @@ class Mask:
     """How many samples the rule knows."""
 
     def at(self, i: Int[Tensor, " row"], rows: slice | Tensor, j: Int[Tensor, "batch row place"], j0: int) -> Tensor:
-        """Whether single keys are seen: columns j [batch, row, place] (not positions) -> bool [batch, heads, row, place]."""
+        """Whether single keys are seen: columns j (not positions) -> bool [batch, heads, row, place]."""
         position = j + j0
         seen = torch.ones_like(j, dtype=torch.bool)
         gap = i[None, :, None] - position
@@ -139,7 +141,9 @@ class Mask:
             from transformers.masking_utils import TransformGetItemToIndex
 
             with TransformGetItemToIndex():
-                flat = torch.vmap(self.rule, in_dims=(0, None, 0, 0))(batch.flatten(), zero, query.flatten(), position.flatten())
+                flat = torch.vmap(self.rule, in_dims=(0, None, 0, 0))(
+                    batch.flatten(), zero, query.flatten(), position.flatten()
+                )
             return flat.view(position.shape)
         return torch.as_tensor(self.rule(batch, zero, query, position)).expand_as(position)
 

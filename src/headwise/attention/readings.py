@@ -8,7 +8,7 @@ valid queries of everything read, with count and standard error). `dense.py` hol
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor
@@ -76,6 +76,14 @@ class Reading:
                 raise HeadwiseError(f"{label}(queries=...) must sample at least 1 query; got {queries}.")
         else:
             object.__setattr__(self, "queries", as_tuple(queries, f"{label}(queries=...)"))
+
+    @property
+    def chosen_layers(self) -> tuple[int, ...] | None:
+        return cast("tuple[int, ...] | None", self.layers)
+
+    @property
+    def chosen_heads(self) -> tuple[int, ...] | None:
+        return cast("tuple[int, ...] | None", self.heads)
 
     def names(self) -> dict[str, str]:
         """Variable -> the name it gets in the result (`name=` replaces the stem of the first variable)."""
@@ -182,9 +190,7 @@ class _Places(Reading):
             raise HeadwiseError(f"{label} wants exactly one of lags=, targets= and pairs=.")
         object.__setattr__(self, "lags", as_tuple(self.lags, f"{label}(lags=...)"))
         if self.targets is not None and (
-            not isinstance(self.targets, Tensor)
-            or self.targets.ndim not in (2, 3)
-            or self.targets.is_floating_point()
+            not isinstance(self.targets, Tensor) or self.targets.ndim not in (2, 3) or self.targets.is_floating_point()
         ):
             raise HeadwiseError(f"{label}(targets=...) must be a whole-number tensor [query, m] or [batch, query, m].")
         if self.pairs is not None:
@@ -267,9 +273,7 @@ class HeadOutput(Reading):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.what not in ("vector", "norm", "residual_norm"):
-            raise HeadwiseError(
-                f'HeadOutput(what=...) must be "vector", "norm" or "residual_norm"; got {self.what!r}.'
-            )
+            raise HeadwiseError(f'HeadOutput(what=...) must be "vector", "norm" or "residual_norm"; got {self.what!r}.')
 
     @property
     def variables(self) -> tuple[str, ...]:  # type: ignore[override]

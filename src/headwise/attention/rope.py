@@ -66,7 +66,8 @@ def rebase(call: AttentionCall, edit: Rebase, heads: list[int]) -> AttentionCall
             return place[:, None] * (new - old)
         if len(edit.positions) <= int(position.max()):
             raise HeadwiseError(
-                f"Rebase(positions=...) has {len(edit.positions)} entries, but the text has {int(position.max()) + 1} tokens."
+                f"Rebase(positions=...) has {len(edit.positions)} entries, but the text has "
+                f"{int(position.max()) + 1} tokens."
             )
         moved = edit.positions.to(old.device)[position].to(old)
         return moved[:, None] * new - place[:, None] * old

@@ -109,7 +109,9 @@ class Run:
         """Per layer: how it was entered, which path computed it, and why that one."""
         lines = [f"{len(self.readings)} readings, {len(self.edits)} edits, {self.forwards} forwards"]
         for row in self.report:
-            lines.append(f"{row.stream}:{row.layer} {row.site}: {row.status} ({row.how}), {row.path or '-'}: {row.reason or '-'}")
+            lines.append(
+                f"{row.stream}:{row.layer} {row.site}: {row.status} ({row.how}), {row.path or '-'}: {row.reason or '-'}"
+            )
         return "\n".join(lines)
 
     # -- what the session asks ---------------------------------------------------------------------------------------
@@ -124,9 +126,10 @@ class Run:
         valid = call.valid()
         readings, parts = [], []
         for reading in self.readings:
-            if (reading.stream not in (None, site.stream)) or (reading.layers is not None and site.layer not in reading.layers):
+            layers, heads = reading.chosen_layers, reading.chosen_heads
+            if reading.stream not in (None, site.stream) or (layers is not None and site.layer not in layers):
                 continue
-            heads = None if reading.heads is None else tuple(h for h in reading.heads if h < call.heads)
+            heads = None if heads is None else tuple(h for h in heads if h < call.heads)
             if heads == ():
                 continue
             rows = self.rows(reading, call, valid)
@@ -257,32 +260,35 @@ def _validate(run: Run, session: Session) -> None:
     ways = [session.how[site.name] for site in session.sites]
     if all(way.startswith("none: ") for way in ways):
         raise HeadwiseError(
-            f"{type(session.model).__name__} can't be entered: {ways[0].removeprefix('none: ')}, so there is no call to "
-            "look at (`headwise doctor` lists every layer)."
+            f"{type(session.model).__name__} can't be entered: {ways[0].removeprefix('none: ')}, so there is no call "
+            "to look at (`headwise doctor` lists every layer)."
         )
     streams = {site.stream for site in session.sites}
-    for item in (*run.readings, *run.edits):
+    items: list[Reading | Edit] = [*run.readings, *run.edits]
+    for item in items:
         label = type(item).__name__
         if item.stream is not None and item.stream not in streams:
-            raise HeadwiseError(f"{label}(stream={item.stream!r}): this model's streams are {', '.join(sorted(streams))}.")
+            raise HeadwiseError(
+                f"{label}(stream={item.stream!r}): this model's streams are {', '.join(sorted(streams))}."
+            )
         stream = item.stream or (run.main if isinstance(item, Edit) else None)
         mine = [site for site in session.sites if stream in (None, site.stream)]
         layers = {site.layer for site in mine}
         if isinstance(item, Reading):
             heads = range(max(site.heads for site in mine))
-            wanted, asked = item.layers or (), item.heads or ()
-            for head in asked:
+            for head in item.chosen_heads or ():
                 if head not in heads:
-                    raise HeadwiseError(f"{label}(heads=...) names head {head}; this model's layers have {len(heads)} heads.")
+                    raise HeadwiseError(
+                        f"{label}(heads=...) names head {head}; this model's layers have {len(heads)} heads."
+                    )
         else:
-            pairs = item.heads is not None and not isinstance(item.heads[0], int)
-            wanted = [layer for layer, _ in item.heads] if pairs else item.layer or ()  # type: ignore[union-attr,misc]
             for site in mine:
                 item.heads_in(site.layer, site.heads)
-        for layer in wanted:
+        for layer in item.chosen_layers or ():
             if layer not in layers:
                 raise HeadwiseError(
-                    f"{label} names layer {layer}, but the {stream or 'model'} layers are {min(layers)} to {max(layers)}."
+                    f"{label} names layer {layer}, but the {stream or 'model'} layers are {min(layers)} "
+                    f"to {max(layers)}."
                 )
 
 

@@ -17,11 +17,11 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from headwise.attention.call import AttentionCall
 from headwise.attention.carrier import Carrier, carry
 from headwise.attention.engine import run_call
 from headwise.attention.function_mode import FunctionMode
 from headwise.attention.mask import Mask
-from headwise.attention.call import AttentionCall
 from headwise.errors import HeadwiseError
 from headwise.models.anatomy import Site, attention_kind, find_sites, guess_stream
 
@@ -74,7 +74,9 @@ class Session:
                 kind = attention_kind(module, name)
                 stream = guess_stream(self.model, name, kind)
                 layer = sum(s.stream == stream for s in self.sites)
-                site = Site.from_call(module, name, stream, layer, q.shape[1], k.shape[1], q.shape[-1], v.shape[-1], kind)
+                site = Site.from_call(
+                    module, name, stream, layer, q.shape[1], k.shape[1], q.shape[-1], v.shape[-1], kind
+                )
                 self.sites.append(site)
                 self.how[name] = "found by its call"
             self.by_module[module] = site
@@ -188,7 +190,11 @@ def entrance(module: nn.Module) -> str:
     text = "\n".join(texts)
     if ".get_interface(" in text or "ALL_ATTENTION_FUNCTIONS[" in text:
         return "registry"
-    if "scaled_dot_product_attention" in text or "multi_head_attention_forward" in text or "dispatch_attention_fn" in text:
+    if (
+        "scaled_dot_product_attention" in text
+        or "multi_head_attention_forward" in text
+        or "dispatch_attention_fn" in text
+    ):
         return "function-mode"
     if not text:
         return "function-mode"
@@ -257,7 +263,8 @@ def masked(*args: Any, **kwargs: Any) -> Carrier:
 def registered(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """The attention function registered with transformers: [batch, heads, query, dim] in, [batch, query, heads, dim] out."""
+    """The attention function registered with transformers: [batch, heads, query, dim] in,
+    [batch, query, heads, dim] out."""
     session = _sessions.get(module)
     if session is None:
         raise HeadwiseError(
@@ -309,9 +316,7 @@ def describe(
     )
 
 
-def read_mask(
-    given: Any, q: Tensor, keys: int, queries: int, past: int
-) -> tuple[Mask, int, int, Tensor | None]:
+def read_mask(given: Any, q: Tensor, keys: int, queries: int, past: int) -> tuple[Mask, int, int, Tensor | None]:
     """A mask in any form a model hands over: None, our carrier, a bool or additive tensor, a BlockMask."""
     if given is None:
         return Mask(batch=q.shape[0]), past, 0, None
@@ -341,8 +346,8 @@ def fitted(mask: Mask, keys: int, batch: int) -> Mask:
     if mask.key_valid is not None and mask.key_valid.shape[1] != keys:
         if mask.key_valid.shape[1] < keys:
             raise HeadwiseError(
-                f"A layer has {keys} keys, but the padding mask knows {mask.key_valid.shape[1]}: pass an attention_mask "
-                "for all of them."
+                f"A layer has {keys} keys, but the padding mask knows {mask.key_valid.shape[1]}: pass an "
+                "attention_mask for all of them."
             )
         return Mask(mask.left, mask.right, mask.key_valid[:, :keys], mask.rule, mask.vmap, batch=batch)
     return mask

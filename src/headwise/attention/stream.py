@@ -17,7 +17,7 @@ from torch import Tensor
 from headwise.attention.call import AttentionCall
 from headwise.attention.collect import Collector
 from headwise.attention.dense import BLOCKED, Values, propagate_rows
-from headwise.attention.effects import Effects, key_set
+from headwise.attention.effects import Bias, Effects, Weigh, key_set
 from headwise.attention.mask import cut
 from headwise.attention.readings import (
     RELATIVE_LAGS,
@@ -54,7 +54,7 @@ class Wants:
     labels: list[str] = field(default_factory=list)
     windows: list[str] = field(default_factory=list)
     lags: list[str] = field(default_factory=list)
-    columns: list[Reading] = field(default_factory=list)
+    columns: list[Propagate] = field(default_factory=list)
     entropy: bool = False
     inner: list[str] = field(default_factory=list)
     distance: bool = False
@@ -179,7 +179,9 @@ class Sweep:
         s[..., end - start :] = NEG
         return s
 
-    def _bias(self, body: Tensor, bias, vector: Tensor | None, rows: slice, i: Tensor, start: int, end: int) -> None:
+    def _bias(
+        self, body: Tensor, bias: Bias, vector: Tensor | None, rows: slice, i: Tensor, start: int, end: int
+    ) -> None:
         step: Tensor | float = max(bias.value, NEG) if vector is None else vector[start:end]
         chosen = None if bias.keys is None else bias.keys.block(i, self.call.j0, start, end)
         if bias.queries is not None:
@@ -192,7 +194,7 @@ class Sweep:
         else:
             body[:, bias.heads] += step
 
-    def _factor(self, body: Tensor, factor: Tensor, weigh, i: Tensor, start: int, end: int) -> None:
+    def _factor(self, body: Tensor, factor: Tensor, weigh: Weigh, i: Tensor, start: int, end: int) -> None:
         """Reweight as a bias: the log of each row's factor for the keys of each group."""
         part = body[:, weigh.heads]
         for number, group in enumerate(weigh.groups):
@@ -264,7 +266,7 @@ class Sweep:
         if not self.effects.weighs:
             return [], None
         block = self.sweep(rows, [], full=False)
-        i, found = self.call.i[rows], []
+        i, found = self.call.i[rows], []  # type: tuple[Tensor, list[Tensor]]
         for weigh in self.effects.weighs:
             masses = self.q.new_zeros(self.call.batch, len(weigh.heads), rows.stop - rows.start, len(weigh.groups))
             for start, stop, a in self.finished(rows, block, found, reuse=False):
@@ -318,7 +320,7 @@ class Block:
         self.total, self.mass, self.m = self.total * shrink, self.mass * shrink, m
 
     def close(self, lse: Float[Tensor, "batch heads row"] | None) -> None:
-        """Sets lse, base (what weights are normalised by) and share = exp(m - base); all 0 for rows that see nothing."""
+        """Sets lse, base (what weights are normalised by) and share = exp(m - base); 0 for rows that see nothing."""
         dead = (self.m < BLOCKED) | (self.total == 0)
         self.lse = (self.m + self.total.log()).masked_fill(dead, float("-inf")) if lse is None else lse
         self.base = self.lse.masked_fill(dead, 0.0)

@@ -89,7 +89,9 @@ class Tally:
             self.totals[key] = self.starts[key] + batch
         return self.starts[key]
 
-    def add(self, part: Part, site: Site, number: int, start: int, call: AttentionCall, values: dict[str, Tensor]) -> None:
+    def add(
+        self, part: Part, site: Site, number: int, start: int, call: AttentionCall, values: dict[str, Tensor]
+    ) -> None:
         self._tree = None
         reading = part.reading
         heads = list(range(call.heads)) if part.heads is None else list(part.heads)
@@ -105,11 +107,21 @@ class Tally:
                 if name != "top_index":
                     self._fold(key, site, number, heads, along, part, call, x)
                 continue
+            if along == "query":
+                x = without_padding(x, part, call)
             chunk = Chunk(site.layer, number, start, heads, places, x.detach().cpu().numpy(), extra)
             self.chunks[key].append(chunk)
 
     def _fold(
-        self, key: tuple, site: Site, number: int, heads: list[int], along: str, part: Part, call: AttentionCall, x: Tensor
+        self,
+        key: tuple,
+        site: Site,
+        number: int,
+        heads: list[int],
+        along: str,
+        part: Part,
+        call: AttentionCall,
+        x: Tensor,
     ) -> None:
         x = x.detach().double()
         valid = call.valid()
@@ -142,7 +154,9 @@ class Tally:
         place = self.moments[(stream, reading, name.replace("_mean", "_cov"))]
         old = place.get((site.layer, number))
         if old is None:
-            place[(site.layer, number)] = Moments(heads, count.expand(outer.shape), mean[..., None].expand(outer.shape), outer)
+            place[(site.layer, number)] = Moments(
+                heads, count.expand(outer.shape), mean[..., None].expand(outer.shape), outer
+            )
             return
         gap = mean - old.mean[..., 0]
         n, m = old.count.flatten()[0], count
@@ -166,6 +180,15 @@ class Tally:
 
             self._tree = build(self, sites)
         return self._tree
+
+
+def without_padding(x: Tensor, part: Part, call: AttentionCall) -> Tensor:
+    """Rows of padding are no queries: nan, or -1 for places."""
+    valid = call.valid() if part.rows is None else call.valid()[:, part.rows.to(x.device)]
+    if valid.shape[1] != x.shape[2] or bool(valid.all()):
+        return x
+    gone = ~valid.reshape(len(valid), 1, -1, *(1,) * (x.ndim - 3))
+    return x.masked_fill(gone, float("nan") if x.is_floating_point() else -1)
 
 
 def extra_labels(reading: Reading, call: AttentionCall, x: Tensor) -> list[Any] | None:

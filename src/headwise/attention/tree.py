@@ -59,7 +59,11 @@ def by_query(key: Key, chunks: list[Chunk], extra: list[Any] | None) -> xr.DataA
     dims = dims_of(reading, name, first.ndim)
     layers = sorted({c.layer for c in chunks})
     calls = max(c.number for c in chunks) + 1
-    heads = list(range(max(max(c.heads) for c in chunks) + 1)) if reading.heads is None else sorted({h for c in chunks for h in c.heads})
+    heads = (
+        list(range(max(max(c.heads) for c in chunks) + 1))
+        if reading.heads is None
+        else sorted({h for c in chunks for h in c.heads})
+    )
     samples = max(c.start + len(c.values) for c in chunks)
     places = np.unique(np.concatenate([c.places for c in chunks]))
     tail = tuple(max(c.values.shape[3 + n] for c in chunks) for n in range(first.ndim - 3))
@@ -67,7 +71,11 @@ def by_query(key: Key, chunks: list[Chunk], extra: list[Any] | None) -> xr.DataA
     shape = (calls, samples, len(layers), len(heads), len(places), *tail)
     array = np.full(shape, -1 if whole else np.nan, first.dtype)
     for c in chunks:
-        index = np.ix_([layers.index(c.layer)], [heads.index(h) for h in c.heads], np.searchsorted(places, c.places))
+        index = np.ix_(
+            np.array([layers.index(c.layer)]),
+            np.array([heads.index(h) for h in c.heads]),
+            np.searchsorted(places, c.places),
+        )
         values = c.values.reshape(len(c.values), 1, *c.values.shape[1:])
         ends = tuple(slice(0, n) for n in c.values.shape[3:])
         for sample in range(len(values)):
@@ -101,15 +109,27 @@ def by_head(key: Key, moments: dict[tuple[int, int], Moments], extra: list[Any] 
             target = arrays[kind][places[0], places[1]]
             target[(places[2], *ends)] = filled[kind]
     dims = dims_of(reading, name, 4)
-    dims = ("channel", "channel2") if covariance else dims[1:] if dims[0] == "query" or isinstance(reading, Inputs) else dims
+    dims = (
+        ("channel", "channel2")
+        if covariance
+        else dims[1:]
+        if dims[0] == "query" or isinstance(reading, Inputs)
+        else dims
+    )
     coords: dict[str, Any] = {"layer": layers, "head": heads}
     return {
-        kind: finish(array, ("call", "layer", "head", *dims), coords, dims, extra, calls) for kind, array in arrays.items()
+        kind: finish(array, ("call", "layer", "head", *dims), coords, dims, extra, calls)
+        for kind, array in arrays.items()
     }
 
 
 def finish(
-    array: np.ndarray, names: tuple[str, ...], coords: dict[str, Any], dims: tuple[str, ...], extra: list[Any] | None, calls: int
+    array: np.ndarray,
+    names: tuple[str, ...],
+    coords: dict[str, Any],
+    dims: tuple[str, ...],
+    extra: list[Any] | None,
+    calls: int,
 ) -> xr.DataArray:
     if extra is not None and dims:
         coords[dims[-1]] = extra
