@@ -13,7 +13,10 @@ LAYERS = dict(
     encoder_ffn_dim=48, decoder_ffn_dim=48, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
     decoder_start_token_id=1,
 )  # fmt: skip
-T5 = dict(vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, relative_attention_num_buckets=8)
+T5 = dict(
+    vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, relative_attention_num_buckets=8,
+    decoder_start_token_id=0,
+)  # fmt: skip
 
 
 def layout(config: object) -> Batch:

@@ -43,7 +43,6 @@ class Call:
     query: Tensor
     key: Tensor
     value: Tensor
-    scale: float | None
 
 
 def build(family: Family, implementation: str = "eager", seed: int = 0) -> nn.Module:
@@ -108,8 +107,7 @@ def recorded(model: nn.Module) -> Iterator[list[Call]]:
 
         def spy(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: object, **kwargs: object) -> tuple:
             output, weights = inner(module, query, key, value, *args, **kwargs)
-            scale = kwargs.get("scaling")
-            calls.append(Call(names.get(id(module), "?"), weights, query, key, value, scale))
+            calls.append(Call(names.get(id(module), "?"), effective(weights, value, output), query, key, value))
             return output, weights
 
         return spy
@@ -119,6 +117,17 @@ def recorded(model: nn.Module) -> Iterator[list[Call]]:
         yield calls
     finally:
         AttentionInterface.get_interface = plain
+
+
+def effective(weights: Tensor, value: Tensor, output: Tensor) -> Tensor:
+    """The weights the output was made with: some families let a sink take its part after they took the weights."""
+    made = weights @ value.repeat_interleave(weights.shape[1] // value.shape[1], 1)
+    output = output.transpose(1, 2)
+    if torch.allclose(made, output, atol=1e-5):
+        return weights
+    part = (made * output).sum(-1, keepdim=True) / (made * made).sum(-1, keepdim=True)
+    assert torch.allclose(made * part, output, atol=1e-5), "the output is not a multiple of weights times values"
+    return weights * part
 
 
 def tensors(output: object) -> list[Tensor]:

@@ -82,6 +82,11 @@ class Session:
             self.by_module[module] = site
         return site
 
+    def kind_of(self, module: nn.Module) -> str:
+        """"self" or "cross"."""
+        site = self.by_module.get(module)
+        return site.kind if site is not None else attention_kind(module, self.names.get(module, ""))
+
     @contextmanager
     def attached(self) -> Iterator[None]:
         """Everything that touches the model, undone in the reverse order whatever happens."""
@@ -293,6 +298,9 @@ def describe(
     sinks = kwargs.get("s_aux")
     indices = kwargs.get("indices")
     mask, offset, j0, valid = read_mask(given, q, keys, queries, past)
+    if session.kind_of(module) == "cross":
+        # The mask knows the keys (another sequence) and how they are padded; the queries go on from the cache.
+        offset, valid = past, None
     if given is None:
         causal = kwargs.get("is_causal")
         causal = getattr(module, "is_causal", False) if causal is None else causal
