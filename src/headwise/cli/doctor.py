@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from itertools import groupby
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -42,9 +43,9 @@ def doctor(
     with err.status("one probe forward"):
         reports = hw.probe(opened, batch)
     if as_json:
-        print_json([row(report) for report in reports])
+        print_json(rows(opened, reports))
     else:
-        _print(opened, reports)
+        _print(opened, rows(opened, reports))
     raise typer.Exit(1 if any(report.status in ("bypassed", "refused") for report in reports) else 0)
 
 
@@ -65,29 +66,23 @@ def sample_input(opened: Opened) -> dict[str, Any]:
     )
 
 
-def row(report: SiteReport) -> dict[str, Any]:
-    """One attention layer, as JSON."""
-    site = report.site
-    return {
-        "stream": site.stream,
-        "layer": site.layer,
-        "name": site.name,
-        "kind": site.kind,
-        "heads": site.heads,
-        "kv_heads": site.kv_heads,
-        "head_dim": site.head_dim,
-        "status": report.status,
-        "how": report.how,
-        "path": report.path,
-        "reason": report.reason,
-    }
+def rows(opened: Opened, reports: list[SiteReport]) -> list[dict[str, Any]]:
+    """One dict per attention layer: what it is, and what the probe found there."""
+    sites = {site.name: site for site in opened.sites}
+    found = []
+    for report in reports:
+        site = sites[report.site]
+        sizes = {"kind": site.kind, "heads": site.heads, "kv_heads": site.kv_heads, "head_dim": site.head_dim}
+        found.append({**asdict(report), **sizes})
+    return found
 
 
-def _print(opened: Opened, reports: list[SiteReport]) -> None:
+def _print(opened: Opened, found: list[dict[str, Any]]) -> None:
     table = Table("stream", "layers", "heads", "size", "status", "entered by", "path", "why")
-    rows = [row(report) for report in reports]
     same = ("stream", "heads", "kv_heads", "head_dim", "status", "how", "path", "reason")
-    for key, alike in groupby(rows, key=lambda r: tuple(r[name] for name in same)):
+    order = {stream: number for number, stream in enumerate(opened.streams)}
+    found = sorted(found, key=lambda r: order[r["stream"]])
+    for key, alike in groupby(found, key=lambda r: tuple(r[name] for name in same)):
         stream, heads, kv_heads, head_dim, status, how, path, reason = key
         layers = [r["layer"] for r in alike]
         table.add_row(
@@ -101,5 +96,9 @@ def _print(opened: Opened, reports: list[SiteReport]) -> None:
             reason or MEANING[status],
         )
     out.print(table)
-    reached = sum(report.status == "reached" for report in reports)
-    out.print(f"{opened.name}: {reached} of {len(reports)} attention layers reached.", markup=False, highlight=False)
+    reached = sum(r["status"] == "reached" for r in found)
+    out.print(
+        f"{opened.name}: {reached} of {len(found)} attention layers reached: these are read and edited exactly.",
+        markup=False,
+        highlight=False,
+    )
