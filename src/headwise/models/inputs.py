@@ -173,10 +173,14 @@ def max_positions(model: nn.Module) -> int | None:
 
 
 def default_segments(opened: Opened, batch: Mapping[str, Any], stream: str | None = None) -> Segments:
-    """Image places and special tokens where there are ids; class, register and patch tokens for pictures."""
-    ids = batch.get("decoder_input_ids" if stream == "decoder" else "input_ids")
-    if ids is None:
-        ids = batch.get("decoder_input_ids") if stream in ("text", "decoder") else None
+    """Image places and special tokens where there are ids; class, register and patch tokens for pictures.
+
+    Where two sides have tokens, `stream` says which is meant: "vision" the picture's, "decoder" what was written.
+    """
+    ids = None
+    if stream not in ("vision", "audio"):
+        order = ("decoder_input_ids", "input_ids") if stream == "decoder" else ("input_ids", "decoder_input_ids")
+        ids = next((batch[key] for key in order if key in batch), None)
     if ids is None:
         return media_segments(opened, batch)
     if opened.tokenizer is None:
@@ -202,6 +206,7 @@ def mark_padding(segments: Segments, mask: Tensor | None) -> Segments:
 def media_segments(opened: Opened, batch: Mapping[str, Any]) -> Segments:
     pixels = batch.get("pixel_values")
     config = getattr(opened.model, "config", None)
+    config = getattr(config, "vision_config", config)
     patch = getattr(config, "patch_size", None)
     if isinstance(pixels, Tensor) and pixels.dim() == 4 and isinstance(patch, int):
         patches = (pixels.shape[2] // patch) * (pixels.shape[3] // patch)
