@@ -21,6 +21,11 @@ export function placeKey(stream, layer, head) {
   return `${stream}:${layer}:${head}`;
 }
 
+// Names come from outside: one of them may be "constructor".
+function own(object, key) {
+  return Object.hasOwn(object, key) ? object[key] : undefined;
+}
+
 export class Data {
   constructor(payload) {
     this.payload = payload;
@@ -57,15 +62,15 @@ export class Data {
   }
 
   rule(role) {
-    return this.payload.role_rules[role] ?? "";
+    return own(this.payload.role_rules, role) ?? "";
   }
 
   detail(key) {
-    return this.payload.details[key] ?? null;
+    return own(this.payload.details, key) ?? null;
   }
 
   rows(key) {
-    return this.payload.sample?.rows[key] ?? null;
+    return own(this.payload.sample?.rows ?? {}, key) ?? null;
   }
 
   // The number of a layer as the model counts it, which need not be its place in the grid.

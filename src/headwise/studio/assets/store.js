@@ -6,7 +6,7 @@ export function createStore(data, first) {
   return {
     get: () => state,
     set(change) {
-      const next = allowed(data, { ...state, ...change });
+      const next = allowed(data, { ...state, ...change }, state);
       const changed = new Set(Object.keys(next).filter((key) => next[key] !== state[key]));
       if (!changed.size) return;
       state = next;
