@@ -70,6 +70,7 @@ def add_stream(found, stream, layers, heads, missing, rng):
     tables = {q["name"]: [[None] * heads for _ in range(layers)] for q in found["questions"]}
     errors = {name: [[None] * heads for _ in range(layers)] for name in tables}
     roles = [[None] * heads for _ in range(layers)]
+    habits_at = {}
     for layer in range(layers):
         for head in range(heads):
             if (layer, head) in missing:
@@ -79,13 +80,15 @@ def add_stream(found, stream, layers, heads, missing, rng):
             for name, score in scores.items():
                 tables[name][layer][head] = round(score, 5)
                 errors[name][layer][head] = round(abs(score) * 0.03 + 0.002, 5)
-            roles[layer][head] = role = role_of(scores)
-            key = f"{stream}:{layer}:{head}"
-            found["details"][key] = detail_of(habits, scores)
-            if role != "mixed" and len(found["sample"]["rows"]) < 40:
-                found["sample"]["rows"][key] = rows_of(habits, rng)
+            roles[layer][head] = role_of(scores)
+            found["details"][f"{stream}:{layer}:{head}"] = detail_of(habits, scores)
+            habits_at[layer, head] = habits
     for question in found["questions"]:
         question["grid"][stream], question["sem"][stream] = tables[question["name"]], errors[question["name"]]
+        table = tables[question["name"]]
+        best = sorted(habits_at, key=lambda at: -table[at[0]][at[1]])[:4]
+        for layer, head in best:
+            found["sample"]["rows"][f"{stream}:{layer}:{head}"] = rows_of(habits_at[layer, head], rng)
     found["roles"][stream] = roles
 
 

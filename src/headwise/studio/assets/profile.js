@@ -4,7 +4,7 @@ import { number } from "./data.js";
 import { onWidth } from "./parts.js";
 
 const HEIGHT = 118, LEFT = 30, BOTTOM = 20, TOP = 14;
-const short = format("~s"), percent = format(".0%");
+const percent = format(".0%");
 
 export function distanceView(parent, { edges, mass }) {
   const figure = parent.append("figure").attr("class", "profile");
@@ -18,17 +18,18 @@ export function distanceView(parent, { edges, mass }) {
     const y = scaleLinear([0, Math.max(0.05, max(mass, (value) => value ?? 0))], [HEIGHT - BOTTOM, TOP]);
     const lines = svg.append("g").attr("class", "ticks").selectAll("g").data(y.ticks(3)).join("g").attr("transform", (t) => `translate(0,${y(t)})`);
     lines.append("line").attr("x1", LEFT).attr("x2", width);
-    lines.append("text").attr("x", LEFT - 5).attr("dy", "0.34em").attr("text-anchor", "end").text(percentText);
+    lines.append("text").attr("x", LEFT - 5).attr("dy", "0.34em").attr("text-anchor", "end").text(percent);
     const bars = svg.append("g").selectAll("g").data(mass).join("g").attr("transform", (_, i) => `translate(${x(i)},0)`);
     bars.append("title").text((value, i) => `${names[i]}: ${number(value)}`);
     bars.append("rect").attr("class", "bar").attr("width", x.bandwidth()).attr("y", (v) => y(v ?? 0)).attr("height", (v) => y(0) - y(v ?? 0));
     bars.filter((v) => (v ?? 0) >= 0.005).append("text").attr("class", "onbar").attr("x", x.bandwidth() / 2).attr("y", (v) => y(v) - 3).attr("text-anchor", "middle").text((v) => Math.round(v * 100));
-    bars.append("text").attr("class", "tick").attr("x", x.bandwidth() / 2).attr("y", HEIGHT - 6).attr("text-anchor", "middle").text((_, i) => short(edges[i]));
+    const every = x.step() < 23 ? 2 : 1;
+    bars.filter((_, i) => i % every === 0).append("text").attr("class", "tick").attr("x", x.bandwidth() / 2).attr("y", HEIGHT - 6).attr("text-anchor", "middle").text((_, i) => short(edges[i * every]));
   });
 }
 
-function percentText(value) {
-  return percent(value);
+function short(edge) {
+  return edge >= 1024 && edge % 1024 === 0 ? `${edge / 1024}k` : edge;
 }
 
 function binName(edges, i) {

@@ -1,5 +1,5 @@
 // The heads in the order of the chosen question, the highest first.
-import { scaleLinear } from "./vendor/d3.js";
+import { scaleLinear, select } from "./vendor/d3.js";
 import { number } from "./data.js";
 import { scoreScale } from "./colour.js";
 import { panel, roleMark } from "./parts.js";
@@ -30,6 +30,11 @@ export function rankingView(parent, data, store, theme, say) {
       });
     rows.append("span").attr("class", "rank").text((e) => ranks.get(e.place.key));
     rows.append("span").attr("class", "who").text((e) => data.label(e.place));
+    const roles = rows.append("span").attr("class", "role").filter((e) => data.role(e.place));
+    roles.each(function (e) {
+      roleMark(select(this), data, data.role(e.place));
+    });
+    roles.append("span").text((e) => data.role(e.place));
     const bars = rows.append("span").attr("class", "bar").attr("aria-hidden", "true");
     bars.append("i").style("left", (e) => `${Math.min(zero, x(e.score))}%`).style("width", (e) => `${Math.max(0.6, Math.abs(x(e.score) - zero))}%`).style("background", (e) => colour(e.score));
     bars.filter((e) => data.sem(question, e.place) !== null).append("b")
@@ -37,10 +42,6 @@ export function rankingView(parent, data, store, theme, say) {
       .style("width", (e) => `${x(e.score + data.sem(question, e.place)) - x(e.score - data.sem(question, e.place))}%`);
     rows.append("span").attr("class", "value").text((e) => number(e.score))
       .filter((e) => data.sem(question, e.place) !== null).append("small").text((e) => ` ± ${number(data.sem(question, e.place))}`);
-    rows.append("span").attr("class", "role").each(function (e) {
-      if (data.role(e.place)) roleMark(rows.filter((other) => other === e).select(".role"), data, data.role(e.place)).select("title");
-      this.append(data.role(e.place) ?? "");
-    });
     const rest = kept.length - Math.min(shown, kept.length);
     more.attr("hidden", rest ? null : "").text(`Show ${Math.min(rest, MORE)} more of ${rest}`);
     mark();

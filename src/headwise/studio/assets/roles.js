@@ -1,4 +1,5 @@
 // The roles: a mark for each, its rule, how many heads have it; one can be picked out.
+import { select } from "./vendor/d3.js";
 import { MIXED } from "./colour.js";
 import { panel, roleMark } from "./parts.js";
 
@@ -13,7 +14,7 @@ export function rolesView(parent, data, store) {
   const rows = list.selectAll("li").data(present).join("li");
   const buttons = rows.append("button").attr("type", "button").on("click", (_, [role]) => store.set({ role: store.get().role === role ? "" : role }));
   buttons.each(function ([role]) {
-    roleMark(rows.filter(([name]) => name === role).select("button"), data, role);
+    roleMark(select(this), data, role);
   });
   buttons.append("span").attr("class", "name").text(([role]) => role);
   buttons.append("span").attr("class", "many").text(([, many]) => many);
