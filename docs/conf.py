@@ -1,4 +1,4 @@
-"""The documentation. `make docs` builds it with warnings as errors; some tables are made from the code and the evidence."""
+"""The documentation: `make docs` builds it with warnings as errors, some of its tables from the code and the evidence."""
 
 import re
 import sys
@@ -30,7 +30,7 @@ copybutton_exclude = ".linenos, .gp, .go"
 
 
 def docstring_to_rst(app, what, name, obj, options, lines):
-    """Our docstrings are plain text with `code` in single backticks and indented examples: say so in reStructuredText."""
+    """Our docstrings are plain text with `code` in backticks and indented examples: say so in reStructuredText."""
     result, previous = [], ""
     for line in lines:
         example = line.startswith("    ") and not previous.strip() and not line.strip().startswith((">>>", "..."))

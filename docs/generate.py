@@ -1,7 +1,6 @@
 """Tables of the documentation that are made from the project itself, so that they can't fall behind it."""
 
 import json
-from pathlib import Path
 
 CHARTED = "benchmarks/results"
 
@@ -9,9 +8,9 @@ CHARTED = "benchmarks/results"
 def write(folder):
     folder.mkdir(exist_ok=True)
     root = folder.parent.parent
-    pages = {"evidence.md": evidence(), "questions.md": questions(), "zoo.md": zoo(), "roles.md": roles(), "results.md": results(root)}
-    for name, text in pages.items():
-        (folder / name).write_text(text, encoding="utf-8")
+    for page in (evidence, questions, roles, zoo):
+        (folder / f"{page.__name__}.md").write_text(page(), encoding="utf-8")
+    (folder / "results.md").write_text(results(root), encoding="utf-8")
 
 
 def table(head, rows):
@@ -38,7 +37,8 @@ def evidence():
             rows.append([study.claim, cite(study.paper), "unrun", "", f"`headwise study run {study.name}`"])
             continue
         numbers = ", ".join(f"{key} = {short(value)}" for key, value in finding.measured.items())
-        where = f"{finding.model}; {finding.hardware}; seeds {', '.join(map(str, finding.seeds)) or 'none'}; `{finding.command}`"
+        seeds = ", ".join(map(str, finding.seeds)) or "none"
+        where = f"{finding.model}; {finding.hardware}; seeds {seeds}; `{finding.command}`"
         rows.append([study.claim, cite(study.paper), f"**{finding.verdict}**: {finding.reason}", numbers, where])
     if not rows:
         return "No study has been registered yet.\n"
