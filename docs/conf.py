@@ -1,4 +1,4 @@
-"""The documentation: `make docs` builds it with warnings as errors, some of its tables from the code and the evidence."""
+"""The documentation: `make docs` builds it with warnings as errors, some tables from the code and the evidence."""
 
 import re
 import sys
