@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from tests.fused.cases import ALL, compare, expected, make
@@ -13,7 +13,8 @@ pytestmark = [
 ]
 HOPPER = ALL - {"distance", "top"}
 SETTINGS = settings(
-    max_examples=12, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+    max_examples=8, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck),
+    phases=(Phase.explicit, Phase.generate),
 )
 
 
@@ -43,11 +44,11 @@ def test_hopper(dim, bias, sinks, want, data):
 def test_portable(dtype, dim, value_dim, data):
     from headwise.attention.fused import run
 
-    queries, keys = data.draw(st.integers(1, 400)), data.draw(st.integers(1, 900))
+    queries, keys = data.draw(st.sampled_from([1, 17, 300])), data.draw(st.integers(12, 900))
     call = make(
         data.draw(st.integers(0, 99)), batch=data.draw(st.integers(1, 2)), heads=6, kv_heads=data.draw(st.sampled_from([2, 6])),
-        queries=queries, keys=max(keys, 12), dim=dim, value_dim=value_dim, dtype=dtype, device="cuda", causal=True,
-        offset=data.draw(st.sampled_from([0, keys - queries])), padding=data.draw(st.booleans()),
+        queries=queries, keys=keys, dim=dim, value_dim=value_dim, dtype=dtype, device="cuda", causal=True,
+        offset=data.draw(st.sampled_from([0, keys - queries])), padding=dtype != torch.float32,
         softcap=20.0 if dtype == torch.float16 else None, window=(50, None) if dim == 80 else None,
         sinks=dim == 96, bias=dim == 128, key_bias=dim == 64, layout="tokens", segments=9,
     )  # fmt: skip

@@ -318,7 +318,7 @@ def producer(descs, mem, batch, head, kv_head, q_tile, tiles, last,
         tma.async_copy_global_to_shared(v_desc, where, v_ready.index(stage), v_smem.index(stage))
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=("heads", "group", "Q", "K", "offset", "run_stride", "tile_stride", "bias_b", "bias_h", "bias_q"))
 def hopper_forward(q_desc, k_desc, v_desc, out, lse, entropy, mass, inner, runs, run_of_tile, bias, query_labels, sinks,
                    so_b, so_h, so_q, heads, group, Q, K, offset, scale, run_stride, tile_stride, bias_b, bias_h, bias_q,
                    G: gl.constexpr, CAUSAL: gl.constexpr, MASS: gl.constexpr, INNER: gl.constexpr,

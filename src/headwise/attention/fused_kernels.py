@@ -15,6 +15,9 @@ import triton.language as tl
 NEG = tl.constexpr(-1e30)
 START = tl.constexpr(-1e20)
 OUT_OF_REACH = tl.constexpr(-6e4)
+# Numbers that change from call to call (a cache grows by one key a token): no new code for each kind of them.
+VARYING = ("label_stride", "query_label_stride", "bias_stride_h", "bias_stride_q", "key_bias_stride", "heads", "queries",
+           "keys", "offset", "left", "right", "stretch", "groups", "G")  # fmt: skip
 LN2 = tl.constexpr(0.6931471805599453)
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -23,10 +26,12 @@ LOG2E = tl.constexpr(1.4426950408889634)
 def split_dot(x, y, acc, EXACT: tl.constexpr):
     """acc + x @ y for float32 x and 16-bit y; x goes in as high and low part."""
     if EXACT:
-        return tl.dot(x, y, acc, input_precision="ieee")
-    high = x.to(tl.float16)
-    acc = tl.dot(high, y, acc)
-    return tl.dot((x - high.to(tl.float32)).to(tl.float16), y, acc)
+        acc = tl.dot(x, y, acc, input_precision="tf32x3")
+    else:
+        high = x.to(tl.float16)
+        acc = tl.dot(high, y, acc)
+        acc = tl.dot((x - high.to(tl.float32)).to(tl.float16), y, acc)
+    return acc
 
 
 @triton.jit
@@ -41,7 +46,7 @@ def lookup_bias(BIAS, head, query_label, G, GP: tl.constexpr, bias_stride_h, bia
 def raw_scores(q, k, scale, cap, SOFTCAP: tl.constexpr, EXACT: tl.constexpr):
     """Scores in base 2: scale holds log2(e), unless a softcap comes first."""
     if EXACT:
-        s = tl.dot(q, tl.trans(k), input_precision="ieee")
+        s = tl.dot(q, tl.trans(k), input_precision="tf32x3")
     else:
         s = tl.dot(q, tl.trans(k))
     s = s * scale
@@ -63,7 +68,7 @@ def visible(column, position, K, valid, left, right, RIGHT: tl.constexpr, LEFT: 
     return seen
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def forward(Q, K, V, OUT, LSE, ENTROPY, MASS, INNER, DISTANCE, DISTANCE_SQ, TOP, TOP_INDEX,
             POSITION, VALID, LABELS, QUERY_LABELS, TILE_BITS, GROUP_BITS, BIAS, KEY_BIAS, SINKS,
             sq_b, sq_h, sq_q, sk_b, sk_h, sk_k, sv_b, sv_h, sv_k, so_s, so_b, so_h, so_q,
@@ -141,7 +146,6 @@ def forward(Q, K, V, OUT, LSE, ENTROPY, MASS, INNER, DISTANCE, DISTANCE_SQ, TOP,
     inner = tl.zeros([BM, GP], tl.float32)
     o = tl.zeros([BM, DVP], tl.float32)
     for phase in tl.static_range(0 if HAS_LEFT else 1, 3):
-        MASKED: tl.constexpr = phase != 1
         begin = low if phase == 0 else (full_low if phase == 1 else full_high)
         end = tl.minimum(full_low, high) if phase == 0 else (full_high if phase == 1 else high)
         for first in range(begin, end, BN):
@@ -163,7 +167,7 @@ def forward(Q, K, V, OUT, LSE, ENTROPY, MASS, INNER, DISTANCE, DISTANCE_SQ, TOP,
                 if HAS_KEY_BIAS:
                     step = tl.load(KEY_BIAS + head[:, None] * key_bias_stride + column[None, :], mask=inside[None, :], other=0.0)
                     s = tl.maximum(s + step * LOG2E, NEG)
-                if MASKED:
+                if phase != 1:
                     valid = inside
                     if HAS_VALID:
                         valid = tl.load(VALID + batch * keys + column, mask=inside, other=0) != 0
@@ -197,7 +201,7 @@ def forward(Q, K, V, OUT, LSE, ENTROPY, MASS, INNER, DISTANCE, DISTANCE_SQ, TOP,
                                 mask=inside[:, None] & (vdim < DV)[None, :], other=0.0)  # fmt: skip
                     o = o * alpha[:, None]
                     if EXACT:
-                        o = tl.dot(p, v, o, input_precision="ieee")
+                        o = tl.dot(p, v, o, input_precision="tf32x3")
                     else:
                         o = tl.dot(p.to(V.dtype.element_ty), v, o)
                 m = new

@@ -14,7 +14,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("rows", "parts", "outer", "heads", "queries", "G"))
 def merge_kernel(OUT, LSE, ENTROPY, MASS, INNER, DISTANCE, DISTANCE_SQ, TOP, TOP_INDEX, FACTOR, SINKS,
                  OUT_, LSE_, ENTROPY_, MASS_, INNER_, DISTANCE_, DISTANCE_SQ_, TOP_, TOP_INDEX_,
                  rows, parts, outer, heads, queries, G,
@@ -70,7 +70,7 @@ def merge_kernel(OUT, LSE, ENTROPY, MASS, INNER, DISTANCE, DISTANCE_SQ, TOP, TOP
             tl.store(INNER_ + to * G + slot, inner, mask=slot < G)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("count", "segments"))
 def finish_kernel(MASS, LSE, count, segments, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     here = at < count

@@ -15,13 +15,13 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from headwise.attention.fused import portable
-from headwise.attention.fused_kernels import LOG2E, OUT_OF_REACH, lookup_bias, raw_scores, split_dot, visible
+from headwise.attention.fused_kernels import LOG2E, OUT_OF_REACH, VARYING, lookup_bias, raw_scores, split_dot, visible
 from headwise.attention.fused_types import FusedCall
 
 LOG2E_HOST = 1.4426950408889634
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[n for n in VARYING if n not in ("stretch", "groups")])
 def received_kernel(Q, K, LSE, OUT, POSITION, VALID, LABELS, QUERY_LABELS, BIAS, KEY_BIAS,
                     sq_b, sq_h, sq_q, sk_b, sk_h, sk_k,
                     label_stride, query_label_stride, bias_stride_h, bias_stride_q, key_bias_stride,
