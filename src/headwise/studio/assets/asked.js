@@ -1,6 +1,5 @@
 // What the chosen question asks, how its score reads, and the paper it comes from.
 import { select } from "./vendor/d3.js";
-import { number } from "./data.js";
 
 export function askedView(parent, data, store) {
   const box = select(parent).append("div").attr("class", "asked");
@@ -24,5 +23,5 @@ export function askedView(parent, data, store) {
 function above(data, question) {
   const { order } = data.ranking(question);
   const many = order.filter((entry) => entry.score >= question.threshold).length;
-  return `${many} of ${order.length} heads reach ${number(question.threshold)}.`;
+  return `${many} of ${order.length} heads reach ${question.threshold}.`;
 }

@@ -3,10 +3,10 @@ import { pointer, select } from "./vendor/d3.js";
 import { number, placeKey } from "./data.js";
 import { MIXED, roleLook, scoreScale } from "./colour.js";
 import { onWidth, uniqueId } from "./parts.js";
-import { cellAt, gridShape, step } from "./gridshape.js";
+import { cellAt, gridShape, naturalWidth, step } from "./gridshape.js";
 
 export function gridView(parent, data, store, theme, tip, say) {
-  const box = select(parent).append("div").attr("class", "grids");
+  const box = select(parent).append("div").attr("class", "grids").style("--least", `${naturalWidth(data.streams)}px`);
   for (const stream of data.streams) streamGrid(box, stream, data, store, theme, tip, say);
 }
 
@@ -139,7 +139,8 @@ function streamGrid(parent, stream, data, store, theme, tip, say) {
     node(at).focus({ preventScroll: true });
     choose(at);
   });
-  cells.on("focusin", (event) => {
+  // On the figure: an SVG group that listens for focus or keys would become a tab stop itself.
+  figure.on("focusin", (event) => {
     cursor = { layer: +event.target.dataset.layer, head: +event.target.dataset.head };
     rects.attr("tabindex", -1);
     event.target.setAttribute("tabindex", 0);

@@ -35,6 +35,11 @@ export function gridShape(stream, width) {
   };
 }
 
+// The width at which the cells of all streams are easily hit: narrow grids may stand beside each other.
+export function naturalWidth(streams) {
+  return LEFT + RIGHT + 24 * Math.max(...streams.map((stream) => stream.layers.length));
+}
+
 // Every n-th, n a round number, so that labels keep their distance.
 function ticks(items, size, least) {
   const every = [1, 2, 5, 10, 20, 50, 100].find((n) => n * size >= least) ?? 200;

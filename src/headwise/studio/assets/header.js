@@ -9,6 +9,7 @@ export function headerView(parent, data, theme) {
   line.append("span").attr("class", "wordmark").text("headwise");
   themeButton(line, theme);
   header.append("h1").text(model.name);
+  if (command) commandLine(header, command);
 
   const layers = data.streams.map((stream) => `${data.streams.length > 1 ? `${stream.name} ` : ""}${stream.layers.length} × ${stream.heads}`);
   const facts = [
@@ -26,7 +27,6 @@ export function headerView(parent, data, theme) {
     pair.append("dt").text(name);
     pair.append("dd").text(value);
   }
-  if (command) commandLine(header, command);
 }
 
 function themeButton(line, theme) {

@@ -46,7 +46,7 @@ export function legendView(parent, data, store, theme) {
       const line = svg.append("g").attr("class", "threshold").attr("transform", `translate(${x(question.threshold)},0)`);
       line.append("line").attr("y1", 4).attr("y2", BAR + THICK);
       const right = x(question.threshold) < width - 90;
-      line.append("text").attr("x", right ? 5 : -5).attr("y", 11).attr("text-anchor", right ? "start" : "end").text(`from ${number(question.threshold)}`);
+      line.append("text").attr("x", right ? 5 : -5).attr("y", 11).attr("text-anchor", right ? "start" : "end").text(`from ${question.threshold}`);
     }
     const score = data.places.has(state.head) ? data.score(question, data.places.get(state.head)) : null;
     if (score !== null) svg.append("path").attr("class", "here").attr("d", `M${x(score)},${BAR - 1}l-5,-8h10Z`);

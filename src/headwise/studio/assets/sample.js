@@ -3,6 +3,7 @@ import { format, select } from "./vendor/d3.js";
 import { inkOn, scoreScale } from "./colour.js";
 
 const share = format(".2f");
+const TELLING = 0.2;
 const NEAR = 12; // other heads offered when this one has no rows
 
 export function sampleView(parent, data, store, theme, place) {
@@ -12,8 +13,9 @@ export function sampleView(parent, data, store, theme, place) {
   const rows = data.rows(place.key);
   if (!rows) return void elsewhere(section, data, store, sample);
   const { colour } = scoreScale(0, 1, theme.get());
-  section.append("p").attr("class", "note").text("Point at a token, or move with the arrows: its colour shows how much the outlined token looks at it. Each row keeps its eight strongest.");
-  const map = section.append("canvas").attr("class", "map").attr("aria-hidden", "true");
+  const intro = section.append("div").attr("class", "intro");
+  intro.append("p").attr("class", "note").text("Point at a token, or move with the arrows. Colour shows how much the outlined token looks at each other one. Right: all of it, from each row down to each token across. The eight strongest of every row are kept.");
+  const map = intro.append("canvas").attr("class", "map").attr("aria-hidden", "true");
   const list = section.append("div").attr("class", "tokens").attr("role", "listbox").attr("aria-label", "Tokens of the sample");
   const tokens = list.selectAll("span").data(sample.tokens).join("span").attr("class", "token").attr("role", "option").attr("aria-label", (t, i) => `${i}: ${visible(t)}`).text(visible)
     .classed("breaks", (t) => t.includes("\n"));
@@ -29,11 +31,11 @@ export function sampleView(parent, data, store, theme, place) {
     });
     told.selectAll("*").remove();
     told.append("span").text("From ");
-    told.append("q").text(visible(sample.tokens[query]));
+    told.append("q").text(quoted(sample.tokens[query]));
     told.append("span").text(` (${query}) to `);
     rows[query].forEach(([key, weight], i) => {
       told.append("span").text(i ? ", " : "");
-      told.append("q").text(visible(sample.tokens[key]));
+      told.append("q").text(quoted(sample.tokens[key]));
       told.append("span").attr("class", "weight").text(`\u00a0${share(weight)}`);
     });
     const rest = 1 - rows[query].reduce((sum, [, weight]) => sum + weight, 0);
@@ -67,10 +69,11 @@ export function sampleView(parent, data, store, theme, place) {
   pin(pinned, false);
 }
 
-// The row that shows most: the last of those whose strongest weight on another token than the first is largest.
+// The row that shows most: where another token than the first and itself gets the largest weight; else the last row.
 function liveliest(rows) {
   const strength = rows.map((row, query) => Math.max(0, ...row.filter(([key]) => key > 0 && key !== query).map(([, weight]) => weight)));
-  return strength.lastIndexOf(Math.max(...strength));
+  const most = Math.max(0, ...strength);
+  return most < TELLING ? rows.length - 1 : strength.lastIndexOf(most);
 }
 
 // A pixel a pair of tokens: queries down, keys across; the shown query is underlined.
@@ -100,6 +103,10 @@ function elsewhere(section, data, store, sample) {
   keys.sort((a, b) => (ranks.get(a) ?? Infinity) - (ranks.get(b) ?? Infinity));
   section.append("div").attr("class", "chips").selectAll("button").data(keys.slice(0, NEAR)).join("button").attr("type", "button").attr("class", "chip")
     .text((key) => data.label(data.places.get(key))).on("click", (_, key) => store.set({ head: key }));
+}
+
+function quoted(token) {
+  return visible(token).trim();
 }
 
 // White space made visible: a leading space is kept as a gap by the style, a line break as a sign.
