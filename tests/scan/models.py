@@ -1,6 +1,8 @@
 """Small models for the scan's tests: a random Llama with a word tokenizer, and an induction circuit set by hand."""
 
 from functools import cache
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -94,15 +96,15 @@ class InductionCircuit(nn.Module):
     def can_generate(self) -> bool:
         return True
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, use_cache: bool = False) -> Any:
         n = input_ids.shape[1]
         x = self.embed(input_ids)
         start = self.embed.num_embeddings
         x = x + F.pad(torch.eye(n), (start, x.shape[-1] - start - n))
         for layer in self.layers:
             x = x + layer(x)
-        return self.unembed(x)
+        return SimpleNamespace(logits=self.unembed(x))
 
 
-def circuit(**sizes: int) -> Opened:
-    return open_model(InductionCircuit(len(tokenizer()), 80, **sizes).eval(), tokenizer=tokenizer())
+def circuit(positions: int = 80) -> Opened:
+    return open_model(InductionCircuit(len(tokenizer()), positions).eval(), tokenizer=tokenizer())

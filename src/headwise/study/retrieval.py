@@ -30,8 +30,8 @@ Heads = list[tuple[int, int]]
 )
 def retrieval_sparse(model: Any = "zoo:llm", question: scan.RetrievalHeads | None = None) -> Finding:
     opened = model if isinstance(model, Opened) else open_model(model)
-    asked = question or scan.RetrievalHeads(contexts=(256, 512, 1024))
-    table = scan.heads(opened, questions=[asked]).heads
+    asked = question or scan.RetrievalHeads()
+    table = scored(opened, asked, FIRST)
     share = float((table["retrieval_heads"] >= asked.threshold).mean())
     top = table.nlargest(5, "retrieval_heads")
     return Finding(
@@ -62,8 +62,8 @@ def retrieval_causal(
     the reading of the context untouched. Random heads are drawn outside of the 100 highest (or the upper half of a
     small model)."""
     opened = model if isinstance(model, Opened) else open_model(model)
-    asked = question or scan.RetrievalHeads(contexts=(256, 512))
-    table = scan.heads(opened, questions=[replace(asked, needles=FIRST)]).heads
+    asked = question or scan.RetrievalHeads()
+    table = scored(opened, asked, FIRST)
     ranked = table.sort_values("retrieval_heads", ascending=False, kind="stable")
     order = _pairs(ranked)
     rest = order[min(100, len(order) // 2) :]
@@ -95,11 +95,8 @@ def retrieval_causal(
 def retrieval_stable(model: Any = "zoo:llm", question: scan.RetrievalHeads | None = None) -> Finding:
     """Rank correlation of the heads' scores between two disjoint sets of three invented facts."""
     opened = model if isinstance(model, Opened) else open_model(model)
-    asked = question or scan.RetrievalHeads(contexts=(256, 512))
-    one, two = (
-        scan.heads(opened, questions=[replace(asked, needles=needles)]).heads["retrieval_heads"]
-        for needles in (FIRST, SECOND)
-    )
+    asked = question or scan.RetrievalHeads()
+    one, two = (scored(opened, asked, needles)["retrieval_heads"] for needles in (FIRST, SECOND))
     rank = spearman(one, two)
     some = (one > 0) | (two > 0)
     first, second = set(one.nlargest(10).index), set(two.nlargest(10).index)
@@ -116,6 +113,18 @@ def retrieval_stable(model: Any = "zoo:llm", question: scan.RetrievalHeads | Non
         reason=f"Spearman correlation {rank:.2f} over all heads; {len(first & second)} of the top 10 are the same.",
         model=opened.name,
     )
+
+
+def scored(opened: Opened, question: scan.RetrievalHeads, needles: tuple[scan.Needle, ...]) -> pd.DataFrame:
+    """The table of heads scored on these facts; studies run one after the other share it."""
+    asked = replace(question, needles=needles)
+    key = (opened.fingerprint, asked)
+    if key not in _SCORED:
+        _SCORED[key] = scan.heads(opened, questions=[asked]).heads
+    return _SCORED[key]
+
+
+_SCORED: dict[tuple[str, scan.RetrievalHeads], pd.DataFrame] = {}
 
 
 def recalls(opened: Opened, question: scan.RetrievalHeads, sets: dict[str, Heads]) -> dict[str, float]:
