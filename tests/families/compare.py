@@ -43,7 +43,7 @@ def agree(run: object, calls: list[Call], batch: Batch) -> None:
         numbers[call.name] += 1
         truth = reduce(call.weights)
         samples, heads, queries, keys = call.weights.shape
-        valid = valid_rows(batch, samples, queries)
+        valid = valid_rows(batch, site.stream, samples, queries)
         for name, wanted in truth.items():
             got = call_of(run, site.stream, site.layer, name, number)[:samples, :heads, :queries]
             got = torch.as_tensor(got[..., :keys] if name == "map" else got).double()
@@ -63,10 +63,10 @@ def agree(run: object, calls: list[Call], batch: Batch) -> None:
         assert (value - truth["top_value"])[seen].abs().max() <= TOLERANCE, f"top_index of {call.name}"
 
 
-def valid_rows(batch: Batch, samples: int, queries: int) -> Tensor | None:
+def valid_rows(batch: Batch, stream: str, samples: int, queries: int) -> Tensor | None:
     """[sample, query]: which queries are tokens; None where the padding mask is not about these queries."""
     mask = batch.get("attention_mask")
-    if mask is None or "input_ids" not in batch or tuple(mask.shape) != (samples, queries):
+    if mask is None or stream not in ("text", "encoder") or tuple(mask.shape) != (samples, queries):
         return None
     return mask.bool()
 
@@ -86,7 +86,7 @@ def agree_folded(run: object, calls: list[Call], batch: Batch) -> None:
         start = ends[site.stream] - queries  # a layer may be given the last queries only
         first = 0 if site.kind == "cross" else max(0, start + queries - keys)
         truth = reduce(call.weights, start, first)
-        valid = valid_rows(batch, samples, queries)
+        valid = valid_rows(batch, site.stream, samples, queries)
         for name in ("entropy", "top_value", "distance", "mass"):
             array = run.tree[site.stream][name].sel(layer=site.layer, query=slice(start, start + queries - 1))
             got = torch.as_tensor(array.transpose("sample", "query", "head", ...).values[:samples]).double()

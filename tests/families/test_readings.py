@@ -1,76 +1,88 @@
 """Under `attend`, every family computes what it computes alone, and its readings are those of its eager weights."""
 
-from collections import Counter
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 import headwise as hw
-from headwise.attention.engine import force_path
+from headwise.attention import force_path
 
 from .compare import READINGS, TOLERANCE, agree, own_model
-from .family import Family, batch_of, build, furthest, recorded, tensors
+from .family import Batch, Call, batch_of, build, furthest, recorded, tensors
 from .table import DISPATCHING
 
-FAMILIES = pytest.mark.parametrize("family", DISPATCHING, ids=lambda family: family.id)
+pytestmark = pytest.mark.filterwarnings("ignore:.*attention layers were not read")
 
 
-def configs(model: torch.nn.Module) -> list[tuple[int, str]]:
+@dataclass
+class Case:
+    """One family: the model on its own back end, what it computes, and what the same weights do under eager."""
+
+    model: nn.Module
+    batch: Batch
+    plain: list[Tensor]
+    eager: list[Tensor]
+    calls: list[Call]
+
+    @property
+    def mask(self) -> Tensor | None:
+        return self.batch.get("attention_mask")
+
+    def run(self) -> list[Tensor]:
+        with torch.no_grad():
+            return tensors(self.model(**self.batch))
+
+
+@pytest.fixture(scope="module", params=DISPATCHING, ids=lambda family: family.id)
+def case(request: pytest.FixtureRequest) -> Iterator[Case]:
+    eager, model = build(request.param), own_model(request.param)
+    batch = batch_of(request.param, model)
+    with torch.no_grad(), recorded(eager) as calls:
+        whole = tensors(eager(**batch))
+    found = Case(model, batch, [], whole, calls)
+    found.plain = found.run()
+    yield found
+
+
+def configs(model: nn.Module) -> list[tuple[int, str]]:
     found = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
     return sorted((key, repr(vars(config))) for key, config in found.items())
 
 
-@FAMILIES
-@pytest.mark.filterwarnings("ignore:.*attention layers were not read")
-def test_readings_equal_eager_and_outputs_do_not_change(family: Family):
-    eager, model = build(family), own_model(family)
-    batch = batch_of(family, model)
-    before = configs(model)
-    with torch.no_grad():
-        plain = tensors(model(**batch))
-        with recorded(eager) as calls:
-            whole = tensors(eager(**batch))
-        with hw.attend(model, readings=READINGS) as run:
-            watched = tensors(model(**batch))
-        after = tensors(model(**batch))
-    mask = batch.get("attention_mask")
-    assert furthest(watched, plain, mask) <= TOLERANCE
-    assert furthest(watched, whole, mask) <= TOLERANCE
-    assert all(torch.equal(a, b) for a, b in zip(plain, after, strict=True)), "the model is not as it was"
-    assert configs(model) == before
-    agree(run, calls, batch)
+def test_readings_equal_eager_and_outputs_do_not_change(case: Case):
+    before = configs(case.model)
+    with hw.attend(case.model, readings=READINGS) as run:
+        watched = case.run()
+    assert furthest(watched, case.plain, case.mask) <= TOLERANCE
+    assert furthest(watched, case.eager, case.mask) <= TOLERANCE
+    assert all(torch.equal(a, b) for a, b in zip(case.plain, case.run(), strict=True)), "the model is not as it was"
+    assert configs(case.model) == before
+    agree(run, case.calls, case.batch)
     reached = {row.site for row in run.report if row.status == "reached"}
-    assert {call.name for call in calls} <= reached
+    assert {call.name for call in case.calls} <= reached
     assert all(row.reason for row in run.report)
 
 
-@FAMILIES
-@pytest.mark.filterwarnings("ignore:.*attention layers were not read")
-def test_the_streaming_path_agrees(family: Family):
-    model = build(family)
-    batch = batch_of(family, model)
-    with torch.no_grad(), recorded(model) as calls:
-        whole = tensors(model(**batch))
-    with torch.no_grad(), force_path("stream"), hw.attend(model, readings=READINGS) as run:
-        watched = tensors(model(**batch))
-    assert furthest(watched, whole, batch.get("attention_mask")) <= TOLERANCE
-    agree(run, calls, batch)
+def test_the_streaming_path_agrees(case: Case):
+    with force_path("stream"), hw.attend(case.model, readings=READINGS) as run:
+        watched = case.run()
+    assert furthest(watched, case.eager, case.mask) <= TOLERANCE
+    agree(run, case.calls, case.batch)
 
 
-@FAMILIES
-@pytest.mark.filterwarnings("ignore:.*attention layers were not read")
-def test_a_silenced_head_changes_the_output_and_a_gain_of_one_does_not(family: Family):
-    model = own_model(family)
-    batch = batch_of(family, model)
-    with torch.no_grad():
-        plain = tensors(model(**batch))
-        with hw.attend(model, readings=[hw.LogSumExp(per="head")]) as run:
-            model(**batch)
-        counts = Counter(row.stream for row in run.report if row.status == "reached")
-        for stream in counts:
-            layer = min(row.layer for row in run.report if row.stream == stream and row.status == "reached")
-            for gain, changes in ((1.0, False), (0.0, True)):
-                with hw.attend(model, edits=[hw.HeadGain(layer=layer, heads=[1], gain=gain, stream=stream)]):
-                    edited = tensors(model(**batch))
-                gap = furthest(edited, plain, batch.get("attention_mask"))
-                assert (gap > 1e-4) == changes, f"{stream}:{layer} gain {gain} moved the output by {gap:.2e}"
+def test_a_silenced_head_changes_the_output_and_a_gain_of_one_does_not(case: Case):
+    with hw.attend(case.model) as run:
+        case.run()
+    reached = [row for row in run.report if row.status == "reached"]
+    for stream in {row.stream for row in reached}:
+        layer = min(row.layer for row in reached if row.stream == stream)
+        for gain, changes in ((1.0, False), (0.0, True)):
+            with hw.attend(case.model, edits=[hw.HeadGain(layer=layer, heads=[1], gain=gain, stream=stream)]):
+                edited = case.run()
+            gap = furthest(edited, case.plain, case.mask)
+            assert (gap > 1e-4) == changes, f"{stream}:{layer} gain {gain} moved the output by {gap:.2e}"

@@ -35,13 +35,17 @@ _sessions: WeakKeyDictionary[nn.Module, Session] = WeakKeyDictionary()
 """Every module of an attached model -> its session."""
 _originals: dict[int, str] = {}
 """id(config) -> the back end it named before we came."""
+PADDED = ("text", "encoder")
+"""Streams whose tokens the model's own `attention_mask` argument is about."""
 
 
 class Frame:
-    """One forward of the whole model: which sites were called, and how much came before it in a cache."""
+    """One forward of the whole model: which sites were called, how much came before it in a cache, and the padding."""
 
-    def __init__(self, past: int):
+    def __init__(self, past: int, padding: Any = None):
         self.past = past
+        padded = isinstance(padding, Tensor) and padding.ndim == 2 and not bool(padding.all())
+        self.padding: Tensor | None = padding.bool() if padded else None
         self.calls: Counter[str] = Counter()
 
 
@@ -129,7 +133,7 @@ class Session:
 
     def _enter(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         if self.depth == 0:
-            self.frame = Frame(past_length(kwargs))
+            self.frame = Frame(past_length(kwargs), kwargs.get("attention_mask"))
             for run in self.runs:
                 run.begin()
         self.depth += 1
@@ -162,6 +166,9 @@ class Session:
         frame = self.frame or Frame(0)
         number = frame.calls[site.name]
         frame.calls[site.name] += 1
+        if call.query_valid is None and frame.padding is not None and site.kind == "self" and site.stream in PADDED:
+            # The mask came as plain numbers: what the model was called with still tells tokens from padding.
+            call.query_valid = query_validity(frame.padding, int(call.i[0]), call.queries, call.batch)
         asked = [run.ask(call, site, number, frame) for run in self.runs]
         edits = [pair for ask in asked for pair in ask.edits]
         parts = [part for ask in asked for part in ask.parts]
