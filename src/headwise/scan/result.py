@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,9 @@ class Scan:
             if path.suffix == ".nc":
                 self.data.to_netcdf(unfinished, engine="h5netcdf")
             else:
-                self.data.to_zarr(unfinished, mode="w", consolidated=False)
+                need_zarr()
+                # Zarr's third format has no settled way to store text yet; the second does.
+                self.data.to_zarr(unfinished, mode="w", zarr_format=2, consolidated=False)
         return path
 
     @classmethod
@@ -91,6 +94,8 @@ class Scan:
         path = Path(path)
         if path.suffix not in (".nc", ".zarr") or not path.exists():
             raise HeadwiseError(f"load: wanted an existing .nc or .zarr file of a scan; got {str(path)!r}.")
+        if path.suffix == ".zarr":
+            need_zarr()
         try:
             if path.suffix == ".nc":
                 data = xr.load_dataset(path, engine="h5netcdf")
@@ -188,6 +193,11 @@ def assemble(
         about["sample"] = sample_rows(opened, prompts[0], notable(data, [c["name"] for c in columns]))
     data["about"] = json.dumps(about)
     return Scan(data.assign_attrs(headwise_scan=FORMAT))
+
+
+def need_zarr() -> None:
+    if find_spec("zarr") is None:
+        raise HeadwiseError("A .zarr file needs the zarr package: pip install 'headwise[zarr]', or use a name in .nc.")
 
 
 def notable(data: xr.Dataset, columns: Sequence[str], each: int = 2) -> dict[str, list[tuple[int, int]]]:
