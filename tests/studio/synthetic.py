@@ -46,21 +46,21 @@ def payload(layers=30, heads=9, streams=("text",), missing=(), seed=0):
     """`missing`: (layer, head) pairs that no stream has."""
     found = {
         "version": 1,
-        "model": {"name": "zoo:llm (SmolLM2-135M)", "fingerprint": "3f9a1c2e", "parameters": 134_515_008, "headwise": "0.1.0"},
+        "model": {"name": "zoo:llm", "fingerprint": "3f9a1c2e", "parameters": 134_515_008, "headwise": "0.1.0"},
         "created": "2026-11-24T01:10:00+00:00",
         "tokens": 12288,
         "command": "headwise scan zoo:llm --queries 256 --out report.html",
         "streams": [{"name": stream, "layers": list(range(layers)), "heads": heads} for stream in streams],
         "questions": [
-            {"name": n, "title": t, "what": w, "unit": u, "higher": h, "threshold": mark, "paper": p, "grid": {}, "sem": {}}
-            for n, t, w, u, h, mark, p in QUESTIONS
+            dict(zip(("name", "title", "what", "unit", "higher", "threshold", "paper"), row)) | {"grid": {}, "sem": {}}
+            for row in QUESTIONS
         ],
         "left_out": {"VisionHeads": "the model has no vision stream"},
         "roles": {},
         "role_rules": RULES,
         "details": {},
         "sample": {"tokens": TEXT, "rows": {}},
-    }  # fmt: skip
+    }
     for number, stream in enumerate(streams):
         add_stream(found, stream, layers, heads, set(missing), np.random.default_rng((seed, number)))
     return found

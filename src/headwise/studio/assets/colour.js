@@ -1,25 +1,21 @@
 // Colours of scores. Equal steps of a score are equal steps of colour: each ramp is walked by its length in CIELAB.
-import { interpolateLab, lab, scaleLinear } from "./vendor/d3.js";
+import { interpolateBasis, lab } from "./vendor/d3.js";
 
 // From black through blue and teal to pale mint (the map "mako").
 const COOL = ["#0b0405", "#28192f", "#3b2f5e", "#40498e", "#366a9f", "#348aa6", "#38aaac", "#54c9ad", "#a0dfb9", "#def5e5"];
 const WARM = { light: ["#ecece8", "#e9b98a", "#cf7a45", "#9c3f2c", "#5a1a20"], dark: ["#262b30", "#6d3a2b", "#b3592f", "#e09a55", "#f8dcae"] };
-const STEPS = 256;
+const STEPS = 256, FINE = 4096;
 
 function even(stops) {
-  const along = scaleLinear(stops.map((_, i) => i / (stops.length - 1)), stops).interpolate(interpolateLab);
-  const fine = Array.from({ length: STEPS + 1 }, (_, i) => lab(along(i / STEPS)));
+  const points = stops.map((stop) => lab(stop));
+  const [l, a, b] = ["l", "a", "b"].map((part) => interpolateBasis(points.map((point) => point[part])));
+  const fine = Array.from({ length: FINE + 1 }, (_, i) => [l(i / FINE), a(i / FINE), b(i / FINE)]);
   const lengths = [0];
-  for (let i = 1; i <= STEPS; i++) {
-    const [a, b] = [fine[i - 1], fine[i]];
-    lengths.push(lengths[i - 1] + Math.hypot(a.l - b.l, a.a - b.a, a.b - b.b));
-  }
-  const total = lengths[STEPS];
+  for (let i = 1; i <= FINE; i++) lengths.push(lengths[i - 1] + Math.hypot(...fine[i].map((x, part) => x - fine[i - 1][part])));
   const table = [];
   for (let i = 0, at = 0; i <= STEPS; i++) {
-    while (at < STEPS - 1 && lengths[at + 1] < (total * i) / STEPS) at++;
-    const part = ((total * i) / STEPS - lengths[at]) / (lengths[at + 1] - lengths[at] || 1);
-    table.push(lab(interpolateLab(fine[at], fine[at + 1])(Math.min(1, part))).formatHex());
+    while (at < FINE && lengths[at] < (lengths[FINE] * i) / STEPS) at++;
+    table.push(lab(...fine[at]).formatHex());
   }
   return (t) => table[Math.round(Math.max(0, Math.min(1, t)) * STEPS)];
 }

@@ -117,8 +117,7 @@ function streamGrid(parent, stream, data, store, theme, tip, say) {
 
   function tipAt(at) {
     const { left, top } = svg.node().getBoundingClientRect();
-    const { x, y } = shape.centre(at);
-    tip.show(words(at), left + x, top + y);
+    tip.show(words(at), left + shape.centre(at).x, top + shape.corner(at).y, shape.inner.height);
   }
 
   function choose(at) {

@@ -25,13 +25,13 @@ export function panel(parent, name, title) {
 export function createTip(root) {
   const box = select(root).append("div").attr("class", "tip").attr("aria-hidden", "true").attr("hidden", "");
   return {
-    show(lines, x, y) {
+    show(lines, x, y, tall) {
       box.attr("hidden", null).selectAll("div").data(lines).join("div").text((line) => line);
       const { width, height } = box.node().getBoundingClientRect();
       const room = document.documentElement.clientWidth;
       const above = y - height - 14 > 0;
       box.style("left", `${Math.max(4, Math.min(room - width - 4, x - width / 2))}px`);
-      box.style("top", `${above ? y - height - 12 : y + 18}px`);
+      box.style("top", `${above ? y - height - 8 : y + tall + 8}px`);
     },
     hide() {
       box.attr("hidden", "");

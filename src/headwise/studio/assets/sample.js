@@ -33,12 +33,13 @@ export function sampleView(parent, data, store, theme, place) {
     told.append("span").text("From ");
     told.append("q").text(quoted(sample.tokens[query]));
     told.append("span").text(` (${query}) to `);
-    rows[query].forEach(([key, weight], i) => {
+    const telling = rows[query].filter(([, weight]) => weight >= 0.005);
+    telling.forEach(([key, weight], i) => {
       told.append("span").text(i ? ", " : "");
       told.append("q").text(quoted(sample.tokens[key]));
       told.append("span").attr("class", "weight").text(`\u00a0${share(weight)}`);
     });
-    const rest = 1 - rows[query].reduce((sum, [, weight]) => sum + weight, 0);
+    const rest = 1 - telling.reduce((sum, [, weight]) => sum + weight, 0);
     told.append("span").text(rest > 0.005 ? `; ${share(rest)} elsewhere.` : ".");
     drawMap(map.node(), rows, query, colour, theme.get());
   }

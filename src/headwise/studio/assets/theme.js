@@ -5,13 +5,19 @@ const system = window.matchMedia("(prefers-color-scheme: dark)");
 export function createTheme(root) {
   const listeners = new Set();
   let chosen = remembered();
-  const now = () => chosen ?? (system.matches ? "dark" : "light");
+  let printing = false;
+  const now = () => (printing ? "light" : (chosen ?? (system.matches ? "dark" : "light")));
   const apply = () => {
     root.dataset.theme = now();
     document.documentElement.style.colorScheme = now();
     for (const listener of listeners) listener(now());
   };
   system.addEventListener("change", apply);
+  for (const [event, state] of [["beforeprint", true], ["afterprint", false]])
+    window.addEventListener(event, () => {
+      printing = state;
+      apply();
+    });
   apply();
   return {
     get: now,
