@@ -103,7 +103,10 @@ def decode(shape, keys, rounds):
     q, k, v = inputs(heads, kv_heads, dim, 1, keys)
     labels = segments_of(keys)
     base = {"scale": dim**-0.5, "causal": True, "query_offset": keys - 1, "key_labels": labels, "segments": SEGMENTS}
-    bias, query_labels = torch.randn(heads, 1, SEGMENTS, device="cuda"), torch.zeros(1, 1, dtype=torch.int32, device="cuda")
+    bias, query_labels = (
+        torch.randn(heads, 1, SEGMENTS, device="cuda"),
+        torch.zeros(1, 1, dtype=torch.int32, device="cuda"),
+    )
     scanned = FusedCall(q, k, v, want=WANT, **base)
     biased = FusedCall(q, k, v, bias_table=bias, query_labels=query_labels, want=WANT, **base)
     groups = torch.arange(SEGMENTS) % 3 - 1
@@ -117,7 +120,8 @@ def decode(shape, keys, rounds):
     times, failed = alternate(cases, rounds)
     moved = 2 * keys * kv_heads * dim * 2 / 1e9
     return [
-        {"shape": shape, "tokens": keys, "case": "decode: " + name, "ms": ms, "gb_per_s": moved / ms * 1e3} for name, ms in times.items()
+        {"shape": shape, "tokens": keys, "case": "decode: " + name, "ms": ms, "gb_per_s": moved / ms * 1e3}
+        for name, ms in times.items()
     ] + [{"shape": shape, "tokens": keys, "case": "decode: " + name, "failed": why} for name, why in failed.items()]
 
 
@@ -142,4 +146,6 @@ def accuracy(shape, length, sampled=64):
         ):  # fmt: skip
             errors[name][0] += float((x[0, head, rows].double() - wanted[y]).square().sum())
             errors[name][1] += float(wanted[y].square().sum())
-    return {"shape": shape, "tokens": length, "case": "relative error"} | {n: (a / b) ** 0.5 for n, (a, b) in errors.items()}
+    return {"shape": shape, "tokens": length, "case": "relative error"} | {
+        n: (a / b) ** 0.5 for n, (a, b) in errors.items()
+    }

@@ -1,6 +1,7 @@
 """Random attention calls for the fused kernels, and their comparison with the float64 reference."""
 
 import torch
+
 from headwise.attention.fused import FusedCall
 from tests.fused.reference import error, reference
 

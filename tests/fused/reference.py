@@ -3,8 +3,26 @@
 import torch
 
 
-def reference(q, k, v, *, scale, causal=False, query_offset=0, positions=None, window=None, key_valid=None, softcap=None,
-              sinks=None, key_labels=None, query_labels=None, segments=0, bias_table=None, key_bias=None, factors=None):
+def reference(
+    q,
+    k,
+    v,
+    *,
+    scale,
+    causal=False,
+    query_offset=0,
+    positions=None,
+    window=None,
+    key_valid=None,
+    softcap=None,
+    sinks=None,
+    key_labels=None,
+    query_labels=None,
+    segments=0,
+    bias_table=None,
+    key_bias=None,
+    factors=None,
+):
     """`factors` [batch, heads, query, segments] multiplies finished weights by segment (Reweight)."""
     q, k, v = q.double(), k.double(), v.double()
     batch, heads, queries, _ = q.shape

@@ -13,7 +13,11 @@ pytestmark = [
 ]
 HOPPER = ALL - {"distance", "top"}
 SETTINGS = settings(
-    max_examples=8, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck),
+    max_examples=8,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=list(HealthCheck),
     phases=(Phase.explicit, Phase.generate),
 )
 

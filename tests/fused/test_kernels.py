@@ -57,7 +57,9 @@ def test_second_pass(name):
     wanted, lse = expected(call), run(call).lse
     a = wanted["weights"]
     valid = torch.rand(a.shape[0], a.shape[2], device=a.device) > 0.3
-    position = call.positions if call.positions is not None else torch.arange(a.shape[2], device=a.device) + call.query_offset
+    position = (
+        call.positions if call.positions is not None else torch.arange(a.shape[2], device=a.device) + call.query_offset
+    )
     gap = position[:, None] - torch.arange(a.shape[3], device=a.device)
     assert error(received(call, lse), a.sum(2)) < 1e-5
     assert error(received(call, lse, valid), (a * valid[:, None, :, None]).sum(2)) < 1e-5

@@ -22,6 +22,8 @@ class KeySet:
 
     mask: Bool[Tensor, "#batch key"] | None = None
     gap: tuple[int, int] | None = None
+    label: int | None = None
+    """Which of the call's segments this is, where it is one: the fused kernels work with labels, not masks."""
 
     def block(self, i: Int[Tensor, " row"], j0: int, start: int, stop: int) -> Bool[Tensor, "#batch one #row column"]:
         if self.gap is None:
@@ -41,7 +43,8 @@ class KeySet:
 def key_set(call: AttentionCall, name: str) -> KeySet:
     """The keys a segment name means in this call."""
     if call.labels is not None and name in call.labels.names:
-        return KeySet(mask=call.labels.keys == call.labels.names.index(name))
+        label = call.labels.names.index(name)
+        return KeySet(mask=call.labels.keys == label, label=label)
     if name == "first":
         return KeySet(mask=(torch.arange(call.keys, device=call.q.device) + call.j0 == 0)[None])
     if name in RELATIVE_LAGS:
@@ -74,6 +77,7 @@ class Bias:
     keys: KeySet | None
     vector: Float[Tensor, " key"] | None
     queries: Bool[Tensor, "#batch query"] | None
+    query_label: int | None = None
 
 
 @dataclass(frozen=True)
@@ -164,7 +168,9 @@ def _bias(call: AttentionCall, edit: ScoreBias, index: Tensor) -> Bias:
             vector = padded[position]
     elif edit.keys is not None:
         keys = key_set(call, edit.keys)
-    return Bias(index, float(edit.value), keys, vector, query_mask(call, edit.queries))
+    names = call.labels.names if call.labels is not None else ()
+    label = names.index(edit.queries) if edit.queries in names else None
+    return Bias(index, float(edit.value), keys, vector, query_mask(call, edit.queries), label)
 
 
 def expand_kv(call: AttentionCall) -> AttentionCall:

@@ -3,7 +3,7 @@
 - library: PyTorch's own attention, where only the output is wanted and no edit needs the weights
 - dense:   the whole matrix, for small calls and where gradients must flow through an edited call
 - stream:  blocks of queries and keys, for the rest
-- fused:   one Triton kernel, on CUDA (fused.py)
+- fused:   one Triton kernel, on CUDA (fused_path.py)
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 
 import torch
 from jaxtyping import Float
@@ -38,7 +39,7 @@ _forced: ContextVar[str | None] = ContextVar("headwise_path", default=None)
 
 @contextmanager
 def force_path(path: str) -> Iterator[None]:
-    """Every call inside takes this path ("dense" or "stream"): for tests and for finding a fault."""
+    """Every call inside takes this path ("dense", "stream" or "fused"): for tests and for finding a fault."""
     if path not in PATHS:
         raise HeadwiseError(f"force_path wants one of {', '.join(PATHS)}; got {path!r}.")
     token = _forced.set(path)
@@ -125,9 +126,31 @@ def choose(effects: Effects, reads_all: bool) -> tuple[str, str]:
         return "dense", "gradients must flow through an edited call"
     if not reads_all and library_can(effects):
         return "library", "only the output is needed"
+    if call.q.is_cuda:
+        fits, why = fused_can(effects)
+        if fits:
+            return "fused", "one kernel for the output and its statistics"
+        if call.queries * call.keys > DENSE_PLACES:
+            return "stream", f"blocks of queries and keys: {why}"
     if call.queries * call.keys <= DENSE_PLACES:
         return "dense", f"{call.queries} x {call.keys} is small"
     return "stream", "blocks of queries and keys, no n x n matrix"
+
+
+def fused_can(effects: Effects) -> tuple[bool, str]:
+    """Whether the Triton kernels can do this call, and if not, why."""
+    if find_spec("triton") is None:
+        return False, "the fused kernels need triton, which is not installed"
+    from headwise.attention.fused_path import fusable
+
+    return fusable(effects)
+
+
+def fused(effects: Effects, readings: Sequence[Reading], output: bool) -> tuple[Tensor | None, dict[Reading, Values]]:
+    # Imported here: triton is not installed everywhere.
+    from headwise.attention.fused_path import fused as attend
+
+    return attend(effects, readings, output)
 
 
 def library_can(effects: Effects) -> bool:
@@ -251,4 +274,5 @@ PATHS: dict[str, Path] = {
     "library": library,
     "dense": lambda effects, readings, output: dense(effects, readings),
     "stream": stream,
+    "fused": fused,
 }

@@ -318,7 +318,9 @@ def producer(descs, mem, batch, head, kv_head, q_tile, tiles, last,
         tma.async_copy_global_to_shared(v_desc, where, v_ready.index(stage), v_smem.index(stage))
 
 
-@gluon.jit(do_not_specialize=("heads", "group", "Q", "K", "offset", "run_stride", "tile_stride", "bias_b", "bias_h", "bias_q"))
+@gluon.jit(
+    do_not_specialize=("heads", "group", "Q", "K", "offset", "run_stride", "tile_stride", "bias_b", "bias_h", "bias_q")
+)
 def hopper_forward(q_desc, k_desc, v_desc, out, lse, entropy, mass, inner, runs, run_of_tile, bias, query_labels, sinks,
                    so_b, so_h, so_q, heads, group, Q, K, offset, scale, run_stride, tile_stride, bias_b, bias_h, bias_q,
                    G: gl.constexpr, CAUSAL: gl.constexpr, MASS: gl.constexpr, INNER: gl.constexpr,
@@ -365,4 +367,3 @@ def hopper_forward(q_desc, k_desc, v_desc, out, lse, entropy, mass, inner, runs,
         (consumer, (1, mem, tensors, numbers, place, G, CAUSAL, MASS, INNER, ENTROPY, BIAS, SINKS, BM, BN, D, STAGES)),
         (producer, ((q_desc, k_desc, v_desc), mem, batch, head, kv_head, q_tile, tiles, last, BM, BN, STAGES)),
     ], [4, 1], [240, 24])  # fmt: skip
-
