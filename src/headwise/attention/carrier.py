@@ -57,8 +57,10 @@ class Carrier(torch.Tensor):
                 return func(*args, **(kwargs or {}))
             if name in KEEP and isinstance(args[0], Carrier):
                 return args[0]
-            if name == "__getitem__" and isinstance(args[0], Carrier) and _takes_all(args[0], args[1]):
-                return args[0]
+            if name == "__getitem__" and isinstance(args[0], Carrier):
+                kept = _cropped(args[0], args[1])
+                if kept is not None:
+                    return kept
             args = torch.utils._pytree.tree_map_only(Carrier, lambda c: c.spec.real(), args)
             kwargs = torch.utils._pytree.tree_map_only(Carrier, lambda c: c.spec.real(), kwargs or {})
             return func(*args, **kwargs)
@@ -68,16 +70,25 @@ class Carrier(torch.Tensor):
             return f"Carrier({tuple(self.shape)}, {self.spec.mask})"
 
 
-def _takes_all(carrier: Carrier, index: Any) -> bool:
-    """mask[:, :, :, :n] with n at least the length: nothing is cut off."""
-    if not isinstance(index, tuple) or len(index) > 4 or not all(isinstance(i, slice) for i in index):
-        return False
-    return all(
-        i.step in (None, 1)
-        and i.start in (None, 0)
-        and (i.stop is None or (isinstance(i.stop, int) and i.stop >= size))
-        for i, size in zip(index, carrier.shape, strict=False)
-    )
+def _cropped(carrier: Carrier, index: Any) -> Carrier | None:
+    """mask[:, :, a:b, :n]: the same rule for some of the queries and the first n keys; None for any other index."""
+    if not isinstance(index, tuple) or len(index) > 4:
+        return None
+    if not all(isinstance(i, slice) and i.step in (None, 1) for i in index):
+        return None
+    shape = tuple(carrier.shape)
+    spans = [i.indices(size)[:2] for i, size in zip(index, shape, strict=False)]
+    if any(start for n, (start, _) in enumerate(spans) if n != 2):
+        return None
+    if any(stop != size for (_, stop), size in zip(spans[:2], shape, strict=False)):
+        return None
+    smaller = (*(stop - start for start, stop in spans), *shape[len(spans) :])
+    if smaller == shape:
+        return carrier
+    spec = carrier.spec
+    first = spans[2][0] if len(spans) > 2 else 0
+    part = Spec(spec.mask, spec.offset + first, spec.j0, lambda: spec.real()[index], spec.padding)
+    return Carrier.of(part, smaller, carrier.device, carrier.dtype)
 
 
 def known_rule(function: Any) -> Mask | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -74,19 +75,23 @@ class Collector:
 
     def take(self, rows: slice, block: Block, factors: list[Tensor]) -> None:
         """Reads one finished block of rows."""
-        self._split(block)
+        riders = self._split(block)
         if self.out is not None:
-            self.out[:, :, rows] = self.riders["output"] * block.share[..., None]
+            self.out[:, :, rows] = riders["output"] * block.share[..., None]
         for reading in self.readings:
             values = self.values[reading]
-            if isinstance(reading, Mass):
+            if isinstance(reading, Mass) and self.label_places(reading) is not None:
+                chosen = riders["labels"][..., self.label_places(reading)]
+                values["mass"][:, :, rows] = chosen * block.share[..., None]
+            elif isinstance(reading, Mass):
                 for number, name in enumerate(
                     concrete(reading.segments, self.call.labels.names if self.call.labels else ())
                 ):
-                    values["mass"][:, :, rows, number] = self._mass(name, rows, block, factors)
+                    values["mass"][:, :, rows, number] = self._mass(name, rows, block, factors, riders)
             elif isinstance(reading, Entropy):
                 spread = block.sums.get("spread", block.mass * 0)
-                values["entropy"][:, :, rows] = -block.share * (spread + (block.m - block.base) * block.mass)
+                nats = (spread + (block.m - block.base) * block.mass) * math.log(2)
+                values["entropy"][:, :, rows] = -block.share * nats
             elif isinstance(reading, SegmentEntropy):
                 values["segment_entropy"][:, :, rows] = self._inner(reading, block)
             elif isinstance(reading, Distance):
@@ -97,31 +102,44 @@ class Collector:
             elif isinstance(reading, Top) and reading.k == 1:
                 if block.top is not None and block.place is not None:
                     seen = block.top > BLOCKED
-                    values["top_value"][:, :, rows, 0] = (block.top - block.base).exp().masked_fill(~seen, 0.0)
+                    values["top_value"][:, :, rows, 0] = (block.top - block.base).exp2().masked_fill(~seen, 0.0)
                     values["top_index"][:, :, rows, 0] = torch.where(seen, block.place + self.call.j0, -1)
             elif isinstance(reading, Propagate) and reading.side == "right":
-                values["propagate"][:, :, rows] = self.riders[id(reading)] * block.share[..., None]
+                values["propagate"][:, :, rows] = riders[id(reading)] * block.share[..., None]
             elif isinstance(reading, (At, Scores)):
                 self._at(reading, rows, block, factors)
         if self.sweep.wants.second:
             self._second(rows, block, factors)
 
-    def _split(self, block: Block) -> None:
+    def label_places(self, reading: Mass) -> slice | list[int] | None:
+        """Where a Mass of labels only has its segments among the riders."""
+        labels = self.sweep.wants.labels
+        names = concrete(reading.segments, self.call.labels.names if self.call.labels else ())
+        if not set(names) <= set(labels):
+            return None
+        return slice(None) if list(names) == labels else [labels.index(n) for n in names]
+
+    def _split(self, block: Block) -> dict[str | int, Tensor]:
+        """The parts of the block's one product: output, masses, columns."""
         wants, sizes = self.sweep.wants, self.sweep.sizes
         shape = block.m.shape
         whole = block.sums.get("riders")
         parts = [block.m.new_zeros(*shape, n) for n in sizes] if whole is None else list(whole.split(sizes, -1))
-        self.riders: dict[str | int, Tensor] = {}
+        riders: dict[str | int, Tensor] = {}
         if wants.output:
-            self.riders["output"] = parts.pop(0)
-        for name in wants.labels:
-            self.riders[f"segment {name}"] = parts.pop(0)[..., 0]
+            riders["output"] = parts.pop(0)
+        parts.pop(0)  # the weights' own sum
+        if wants.labels:
+            riders["labels"] = parts.pop(0)
         for reading in wants.columns:
-            self.riders[id(reading)] = parts.pop(0)
+            riders[id(reading)] = parts.pop(0)
+        return riders
 
-    def _mass(self, name: str, rows: slice, block: Block, factors: list[Tensor]) -> Tensor:
+    def _mass(
+        self, name: str, rows: slice, block: Block, factors: list[Tensor], riders: dict[str | int, Tensor]
+    ) -> Tensor:
         if name in self.sweep.wants.labels:
-            return self.riders[f"segment {name}"] * block.share
+            return riders["labels"][..., self.sweep.wants.labels.index(name)] * block.share
         if name in self.sweep.wants.windows:
             return block.sums.get(name, block.mass * 0) * block.share
         call = self.call
@@ -129,7 +147,7 @@ class Collector:
         there = (j >= 0) & (j < call.keys) & (j + call.j0 >= 0)
         j = j.clamp(0, call.keys - 1)[None, :, None].expand(call.batch, -1, 1)
         s = place_scores(self.sweep.effects, rows, j, factors, self.sweep.dtype)[..., 0]
-        return torch.where(there & (block.share > 0), (s - block.base).exp(), 0.0)
+        return torch.where(there & (block.share > 0), (s - block.base * math.log(2)).exp(), 0.0)
 
     def _inner(self, reading: SegmentEntropy, block: Block) -> Tensor:
         names = concrete(reading.segments, self.call.labels.names if self.call.labels else ())
@@ -139,7 +157,7 @@ class Collector:
         mass, spread = block.sums["inner_mass"][..., chosen], block.sums["inner"][..., chosen]
         there = (mass > 0) & (block.share[..., None] > 0)
         safe = torch.where(there, mass, 1.0)
-        return torch.where(there, safe.log() - spread / safe, 0.0)
+        return torch.where(there, safe.log() - math.log(2) * spread / safe, 0.0)
 
     def _at(self, reading: At | Scores, rows: slice, block: Block, factors: list[Tensor]) -> None:
         where, columns, there = self.places[reading]
@@ -154,7 +172,7 @@ class Collector:
         exists = there[:, None, inside] & (s > BLOCKED)
         if isinstance(reading, At):
             alive = block.share[:, :, local, None] > 0
-            read = torch.where(exists & alive, (s - block.base[:, :, local, None]).exp(), 0.0)
+            read = torch.where(exists & alive, (s - block.base[:, :, local, None] * math.log(2)).exp(), 0.0)
         else:
             read = torch.where(exists, s, float("nan"))
         target[:, :, inside] = read[..., 0] if reading.kind == "pair" else read

@@ -38,11 +38,12 @@ class Mask:
 
     def extent(self, i: Int[Tensor, " row"], j0: int, keys: int) -> tuple[int, int]:
         """The columns, start to stop, outside which no query of these rows sees a key."""
+        low, high = bounds(i)
         start, stop = 0, keys
         if self.left is not None:
-            start = max(0, int(i.min()) - self.left - j0)
+            start = max(0, low - self.left - j0)
         if self.right is not None:
-            stop = min(keys, int(i.max()) + self.right - j0 + 1)
+            stop = min(keys, high + self.right - j0 + 1)
         return min(start, stop), stop
 
     def parts(self, i: Int[Tensor, " row"], rows: slice | Tensor, j0: int, start: int, stop: int) -> list[Part]:
@@ -50,16 +51,14 @@ class Mask:
 
         i: the rows' absolute positions; rows: their place in the call's queries; j0: the first key's position.
         """
-        low, high = int(i.min()), int(i.max())
+        low, high = bounds(i)
         found: list[Part] = []
         if self.right is not None and stop - 1 + j0 > low + self.right:
             first = max(start, low + self.right + 1 - j0)
-            j = torch.arange(first, stop, device=i.device) + j0
-            found.append((first, stop, (j[None] - i[:, None] <= self.right)[None, None]))
+            found.append((first, stop, self._band(i, low, high, first + j0, stop + j0)))
         if self.left is not None and start + j0 < high - self.left:
             last = min(stop, high - self.left - j0)
-            j = torch.arange(start, last, device=i.device) + j0
-            found.append((start, last, (i[:, None] - j[None] <= self.left)[None, None]))
+            found.append((start, last, self._band(i, low, high, start + j0, last + j0)))
         if self.key_valid is not None:
             valid = self.key_valid[:, start:stop]
             if not valid.all():
@@ -80,10 +79,29 @@ class Mask:
             found.append((start, stop, seen[..., :-1][:, None]))
         return found
 
+    def _band(self, i: Tensor, low: int, high: int, start: int, stop: int) -> Tensor:
+        """Which keys at positions start to stop lie between `left` and `right`; kept, every layer asks the same."""
+        key = ("band", low, high, len(i), start, stop)
+        if high - low + 1 == len(i) and key in self._cache:
+            return self._cache[key]
+        gap = i[:, None] - torch.arange(start, stop, device=i.device)
+        inside = torch.ones_like(gap, dtype=torch.bool)
+        if self.right is not None:
+            inside &= gap >= -self.right
+        if self.left is not None:
+            inside &= gap <= self.left
+        return self._keep(key, inside[None, None], high - low + 1 == len(i))
+
+    def _keep(self, key: tuple, value: Tensor, regular: bool) -> Tensor:
+        if regular and sum(t.numel() for t in self._cache.values() if t is not None) < CACHE_BYTES:
+            self._cache[key] = value
+        return value
+
     def _ruled(self, i: Tensor, j0: int, start: int, stop: int) -> Tensor | None:
         """The rule on one block, None where all is allowed; kept, since every layer of a forward asks the same."""
-        key = (int(i[0]), int(i[-1]), len(i), j0, start, stop)
-        regular = int(i[-1]) - int(i[0]) + 1 == len(i)
+        low, high = bounds(i)
+        key = ("rule", low, high, len(i), j0, start, stop)
+        regular = high - low + 1 == len(i)
         if regular and key in self._cache:
             return self._cache[key]
         j = torch.arange(start, stop, device=i.device) + j0
@@ -156,6 +174,11 @@ class Mask:
             full[..., start:stop] = part
             seen = seen & full
         return seen
+
+
+def bounds(i: Int[Tensor, " row"]) -> tuple[int, int]:
+    """First and last of some rows' positions, which always ascend."""
+    return int(i[0]), int(i[-1])
 
 
 def cut(x: Tensor, rows: slice | Tensor, start: int, stop: int) -> Tensor:

@@ -1,14 +1,23 @@
 """The same as `dense.py`, in blocks of queries and keys: any device, memory linear in the length.
 
 For a block of queries the keys are walked in tiles with a running maximum m, normaliser l and sums; the sums that are
-linear in the weights (output, masses) ride along in one matrix product. The tile is worked on in place while it is in
-cache. Readings that need the finished weights (column sums, rows, top k) walk the tiles a second time.
+linear in the weights (output, masses, distances) ride along in one matrix product. The tile is worked on in place while
+it is in cache. Readings that need the finished weights (column sums, rows, top k) walk the tiles a second time.
+
+Inside a sweep, scores are in units of log 2: on a CPU `exp2` costs half of `exp`, and a tenth of it where `exp` meets
+masked or very small entries.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cache
+from itertools import pairwise
+from threading import local
 
 import torch
 from jaxtyping import Float
@@ -38,12 +47,19 @@ from headwise.attention.readings import (
 
 NEG = -1e30
 """Stands for -inf inside a tile, where 0 * -inf would be nan."""
+LOG2E = 1 / math.log(2)
 LANE = 64
 """Tiles are multiples of this wide; the place of a maximum is looked for in one lane only."""
-TILE = 2048
-ROWS = 256
-BUFFER = 4 * 2**20
-"""Entries of one tile over all samples and heads: two such buffers are held."""
+TILE = 1024
+ROWS = 128
+COLUMNS = 8
+"""The product that carries the riders is quickest when it is a multiple of this wide (a third, for 75 against 80)."""
+BUFFER = 2**20
+"""Entries of one tile over all samples and heads: every worker holds two such buffers."""
+PARALLEL_PLACES = 2**14
+"""Query-key pairs a head from which threads are worth starting."""
+_kept = local()
+"""Each thread's two buffers, kept between calls: fresh memory costs as much as the work on it."""
 
 
 @dataclass
@@ -102,7 +118,7 @@ class Wants:
 class Sweep:
     """One call, walked block by block. Every row-wise tensor of a block is [batch, heads, row]."""
 
-    def __init__(self, effects: Effects, wants: Wants):
+    def __init__(self, effects: Effects, wants: Wants, workers: int = 1):
         call = effects.call
         self.effects, self.call, self.wants = effects, call, wants
         self.dtype = call.q.dtype if call.q.dtype == torch.float64 else torch.float32
@@ -110,14 +126,27 @@ class Sweep:
         self.width = -(-call.keys // LANE) * LANE
         pad = (0, 0, 0, self.width - call.keys)
         self.k = torch.nn.functional.pad(call.k.to(self.dtype), pad).flatten(0, 1).transpose(1, 2)
-        self.q = (call.q.to(self.dtype) * call.scale).unflatten(1, (kv, call.group))
+        # Where nothing happens to the scores in their own units, the change of units costs nothing.
+        self.plain = not effects.changes_scores and all(x is None for x in (call.softcap, call.bias, call.mask.added))
+        scale = call.scale * LOG2E if self.plain else call.scale
+        self.q = (call.q.to(self.dtype) * scale).unflatten(1, (kv, call.group))
         members = [key_set(call, n).mask.expand(call.batch, -1) for n in wants.labels]  # type: ignore[union-attr]
-        riders = [m[..., None].to(self.dtype) for m in members]
+        riders = [torch.ones(call.batch, call.keys, 1, dtype=self.dtype, device=call.q.device)]
+        riders += [torch.stack(members, -1).to(self.dtype)] if members else []
         riders += [propagate_rows(r, call).to(self.dtype)[None].expand(call.batch, -1, -1) for r in wants.columns]
+        if wants.distance:
+            # Distance to the end of the tile: |i - j| of a query after the tile is the sum of two positive parts.
+            left = (TILE - 1 - torch.arange(call.keys, device=call.q.device) % TILE).to(self.dtype)
+            riders.append(torch.stack([left, left**2], -1)[None].expand(call.batch, -1, -1))
+            self.positions = torch.arange(call.j0, call.j0 + self.width, dtype=self.dtype, device=call.q.device)
         parts = [call.v.to(self.dtype)] if wants.output else []
         parts += [r[:, None].expand(-1, kv, -1, -1) for r in riders]
         self.sizes = [p.shape[-1] for p in parts]
-        self.riders = torch.nn.functional.pad(torch.cat(parts, -1), pad).flatten(0, 1) if parts else None
+        wide = sum(self.sizes)
+        self.sizes.append(-wide % COLUMNS)
+        self.riders = call.v.new_zeros((call.batch, kv, self.width, wide + self.sizes[-1]), dtype=self.dtype)
+        self.riders[:, :, : call.keys, :wide] = torch.cat(parts, -1)
+        self.riders = self.riders.flatten(0, 1)
         inner = [members[wants.labels.index(n)].to(self.dtype) for n in wants.inner]
         self.inner = torch.nn.functional.pad(torch.stack(inner, -1), pad) if inner else None
         added = call.mask.added
@@ -125,10 +154,11 @@ class Sweep:
         self.vectors = [
             None if b.vector is None else (b.vector.to(self.dtype) * b.value).clamp(min=NEG) for b in effects.biases
         ]
+        # Enough blocks that all workers are busy to the end, of at most a buffer each.
         rows = BUFFER // (call.batch * call.heads * min(TILE, self.width))
-        self.rows = max(8, min(ROWS, rows))
-        size = call.batch * call.heads * min(self.rows, call.queries) * min(TILE, self.width)
-        self.buffers = [torch.empty(size, dtype=self.dtype, device=call.q.device) for _ in range(2)]
+        share = -(-call.queries // (2 * workers)) if workers > 1 else ROWS
+        self.rows = max(8, min(ROWS, rows, share))
+        self.size = call.batch * call.heads * min(self.rows, call.queries) * min(TILE, self.width)
 
     def blocks(self) -> Iterator[slice]:
         for start in range(0, self.call.queries, self.rows):
@@ -140,14 +170,21 @@ class Sweep:
         if start >= stop:
             return []
         start, stop = start // LANE * LANE, -(-stop // LANE) * LANE
-        return [(a, min(a + TILE, stop)) for a in range(start, stop, TILE)]
+        cuts = [start, *range((start // TILE + 1) * TILE, stop, TILE), stop]
+        return list(pairwise(cuts))
 
     def buffer(self, number: int, rows: slice, width: int) -> Tensor:
+        kept: list[Tensor] = getattr(_kept, "buffers", [])
+        if not kept or len(kept[0]) < self.size or kept[0].dtype != self.dtype or kept[0].device != self.q.device:
+            with torch.inference_mode(False):
+                kept = [torch.empty(self.size, dtype=self.dtype, device=self.q.device) for _ in range(2)]
+            _kept.buffers = kept
         shape = (self.call.batch, self.call.heads, rows.stop - rows.start, width)
-        return self.buffers[number][: shape[0] * shape[1] * shape[2] * shape[3]].view(shape)
+        return kept[number][: shape[0] * shape[1] * shape[2] * shape[3]].view(shape)
 
     def scores(self, rows: slice, start: int, stop: int, factors: list[Tensor]) -> Tensor:
-        """The edited, masked scores of one tile, in the first buffer: [batch, heads, row, column]."""
+        """The edited, masked scores of one tile, in the first buffer, in units of log 2:
+        [batch, heads, row, column]."""
         call, effects = self.call, self.effects
         s = self.buffer(0, rows, stop - start)
         kv = call.k.shape[1]
@@ -174,9 +211,12 @@ class Sweep:
             self._factor(body, factor, weigh, i, start, end)
         if self.added is not None:
             body += cut(self.added, rows, start, end)
+        if not self.plain:
+            body *= LOG2E
         for a, b, seen in call.mask.parts(i, rows, call.j0, start, end):
             s[..., a - start : b - start].masked_fill_(~seen, NEG)
-        s[..., end - start :] = NEG
+        if end < stop:
+            s[..., end - start :] = NEG
         return s
 
     def _bias(
@@ -208,30 +248,33 @@ class Sweep:
         shape = (call.batch, call.heads, rows.stop - rows.start)
         block = Block(self.q.new_full(shape, NEG), self.q.new_zeros(shape), self.q.new_zeros(shape))
         if call.sinks is not None:
-            block.m = call.sinks.to(self.dtype)[None, :, None].expand(shape).clone()
+            block.m = (call.sinks.to(self.dtype) * LOG2E)[None, :, None].expand(shape).clone()
             block.total += 1
         i = call.i[rows]
         block.tiles = self.tiles(rows)
         for start, stop in block.tiles:
             s = self.scores(rows, start, stop, factors)
             high = block.find_top(s, start) if full and self.wants.top else s.amax(-1)
-            block.raise_to(torch.maximum(block.m, high))
+            if start == block.tiles[0][0] and call.sinks is None:
+                block.m = high
+            else:
+                block.raise_to(torch.maximum(block.m, high))
             t = s.sub_(block.m[..., None])
-            p = torch.exp(t, out=self.buffer(1, rows, stop - start))
-            amount = p.sum(-1)
+            p = torch.exp2(t, out=self.buffer(1, rows, stop - start))
+            amount = self._collect(block, p, t, i, start, stop) if full else p.sum(-1)
             block.total += amount
             block.mass += amount
-            if full:
-                self._collect(block, p, t, i, start, stop)
         block.close(lse)
         return block
 
-    def _collect(self, block: Block, p: Tensor, t: Tensor, i: Tensor, start: int, stop: int) -> None:
-        """Adds one tile to the sums. `t` is s - m and may be overwritten."""
+    def _collect(self, block: Block, p: Tensor, t: Tensor, i: Tensor, start: int, stop: int) -> Tensor:
+        """Adds one tile to the sums; returns its mass. `t` is s - m and may be overwritten."""
         call, wants = self.call, self.wants
-        if self.riders is not None:
-            flat = p.view(self.riders.shape[0], -1, stop - start)
-            block.add("riders", torch.bmm(flat, self.riders[:, start:stop]).view(*p.shape[:-1], -1))
+        flat = p.view(self.riders.shape[0], -1, stop - start)
+        carried = torch.bmm(flat, self.riders[:, start:stop]).view(*p.shape[:-1], -1)
+        amount = carried[..., self.sizes[0] * wants.output]
+        wide = sum(self.sizes[:-1])
+        block.add("riders", carried)
         for name in wants.windows:
             inside = key_set(call, name).block(i, call.j0, start, stop)
             block.add(name, (p * inside).sum(-1) if inside.any() else torch.zeros_like(block.m))
@@ -241,11 +284,18 @@ class Sweep:
             if self.inner is not None:
                 block.add("inner", torch.einsum("bhij,bjg->bhig", spread, self.inner[:, start:stop]))
                 block.add("inner_mass", torch.einsum("bhij,bjg->bhig", p, self.inner[:, start:stop]))
-        if wants.distance:
-            gap = (i[:, None] - torch.arange(start, stop, device=i.device) - call.j0).abs().to(self.dtype)
+        end = (start // TILE + 1) * TILE - 1 + call.j0
+        if wants.distance and int(i.min()) >= end:
+            past = (i - end).to(self.dtype)
+            first, second = carried[..., wide - 2], carried[..., wide - 1]
+            block.add("distance", past * amount + first)
+            block.add("distance_sq", past**2 * amount + 2 * past * first + second)
+        elif wants.distance:
+            gap = (i.to(self.dtype)[:, None] - self.positions[start:stop]).abs_()
             moment = torch.mul(p, gap, out=t)
             block.add("distance", moment.sum(-1))
             block.add("distance_sq", moment.mul_(gap).sum(-1))
+        return amount
 
     def finished(
         self, rows: slice, block: Block, factors: list[Tensor], reuse: bool = True
@@ -258,7 +308,7 @@ class Sweep:
             return
         for start, stop in block.tiles:
             t = self.scores(rows, start, stop, factors).sub_(block.base[..., None])
-            yield start, stop, torch.exp(t, out=self.buffer(1, rows, stop - start))
+            yield start, stop, torch.exp2(t, out=self.buffer(1, rows, stop - start))
 
     def factors(self, rows: slice) -> tuple[list[Tensor], Tensor | None]:
         """Reweight: the log of every rule's factors [batch, heads chosen, row, group], and the normaliser they keep.
@@ -282,7 +332,7 @@ class Sweep:
 @dataclass
 class Block:
     """Running sums of a block of rows: m, the maximum so far; total, the normaliser (sink included); mass, keys only;
-    `spread` is sum p (s - m)."""
+    `spread` is sum p (s - m). m, base and spread are in units of log 2, lse is not."""
 
     m: Float[Tensor, "batch heads row"]
     total: Float[Tensor, "batch heads row"]
@@ -309,9 +359,9 @@ class Block:
         return high
 
     def raise_to(self, m: Float[Tensor, "batch heads row"]) -> None:
-        """A new maximum: every sum so far shrinks by exp(old - new)."""
+        """A new maximum: every sum so far shrinks by 2^(old - new)."""
         down = self.m - m
-        shrink = down.exp()
+        shrink = down.exp2()
         for name, of in (("spread", self.mass), ("inner", self.sums.get("inner_mass"))):
             if name in self.sums and of is not None:
                 self.sums[name] = self.sums[name] + (down if of.ndim == 3 else down[..., None]) * of
@@ -320,11 +370,12 @@ class Block:
         self.total, self.mass, self.m = self.total * shrink, self.mass * shrink, m
 
     def close(self, lse: Float[Tensor, "batch heads row"] | None) -> None:
-        """Sets lse, base (what weights are normalised by) and share = exp(m - base); 0 for rows that see nothing."""
+        """Sets lse, base (what weights are normalised by) and share = 2^(m - base); 0 for rows that see nothing."""
         dead = (self.m < BLOCKED) | (self.total == 0)
-        self.lse = (self.m + self.total.log()).masked_fill(dead, float("-inf")) if lse is None else lse
-        self.base = self.lse.masked_fill(dead, 0.0)
-        self.share = (self.m - self.base).exp().masked_fill(dead, 0.0)
+        own = (self.m + self.total.log2()).masked_fill(dead, float("-inf"))
+        self.lse = own / LOG2E if lse is None else lse
+        self.base = (own if lse is None else lse * LOG2E).masked_fill(dead, 0.0)
+        self.share = (self.m - self.base).exp2().masked_fill(dead, 0.0)
 
     lse: Tensor = field(init=False)
     base: Tensor = field(init=False)
@@ -336,10 +387,62 @@ def stream(
 ) -> tuple[Float[Tensor, "batch heads query value_dim"] | None, dict[Reading, Values]]:
     """The heads' outputs before Blend and HeadGain (None if not wanted), and the values of the readings."""
     wants = Wants.of(effects.call, readings, output)
-    sweep = Sweep(effects, wants)
+    workers = threads(effects.call, wants)
+    sweep = Sweep(effects, wants, workers)
     collector = Collector(sweep, readings)
-    for rows in sweep.blocks():
+
+    def walk(rows: slice) -> None:
         factors, lse = sweep.factors(rows)
         block = sweep.sweep(rows, factors, lse)
         collector.take(rows, block, factors)
+
+    in_parallel(walk, list(sweep.blocks()), workers)
     return collector.out, collector.values
+
+
+def threads(call: AttentionCall, wants: Wants) -> int:
+    """How many blocks are worked on at once. One where blocks add to the same sums: the order would show."""
+    shared = any(isinstance(r, Received | Propagate) for r in wants.second)
+    if call.q.device.type != "cpu" or shared or call.queries * call.keys < PARALLEL_PLACES:
+        return 1
+    return torch.get_num_threads()
+
+
+def in_parallel(work: Callable[[slice], None], blocks: list[slice], workers: int) -> None:
+    """Whole blocks on threads of their own, each with its operations unthreaded: tiles stay in a core's own cache, and
+    no operation waits for another core."""
+    if workers <= 1 or len(blocks) < 2:
+        for rows in blocks:
+            work(rows)
+        return
+    inference = torch.is_inference_mode_enabled()
+    queue = list(blocks)
+
+    def worker() -> None:
+        with torch.inference_mode(inference), torch.no_grad():
+            while queue:
+                try:
+                    rows = queue.pop()  # the last rows see the most keys: longest first
+                except IndexError:
+                    return
+                work(rows)
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for done in [pool(workers).submit(worker) for _ in range(workers)]:
+            done.result()
+    finally:
+        queue.clear()
+        torch.set_num_threads(before)
+
+
+@cache
+def pool(workers: int) -> ThreadPoolExecutor:
+    """Kept between calls, as a thread's first operations are slow."""
+    return ThreadPoolExecutor(workers, "headwise", torch.set_num_threads, (1,))
+
+
+# Threads don't survive a fork: a child makes its own.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=pool.cache_clear)
