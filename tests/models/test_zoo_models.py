@@ -110,6 +110,9 @@ def test_vit_equals_its_onnx_file(tmp_path):
     opened = open_model("zoo:vit", device="cpu", attn_implementation="eager")
     batch = opened.encode(data.astronaut())
     assert opened.segments(batch).length == 257
+    grey = opened.encode(data.camera())
+    assert grey["pixel_values"].shape == (1, 3, 224, 224)
+    assert opened.encode([data.astronaut(), data.coffee()])["pixel_values"].shape[0] == 2
     theirs = session.run(maps, {"input_image": batch["pixel_values"].numpy()})
     with torch.no_grad():
         mine = opened.model(**batch, output_attentions=True).attentions
@@ -151,6 +154,10 @@ def test_speech_streams_and_prefix():
     with torch.no_grad():
         assert opened.model(**batch).logits.shape[:2] == (1, 4)
     assert opened.segments(batch).length == 4
+    with pytest.raises(HeadwiseError, match="hears 480000 at a time"):
+        opened.encode(np.zeros(500_000, np.float32))
+    with pytest.raises(HeadwiseError, match="processor refuses"):
+        opened.encode(np.zeros(8_000, np.float32), sampling_rate=8_000)
 
 
 def test_the_packages_are_never_imported(llm):

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from headwise.errors import HeadwiseError
 
@@ -17,7 +16,7 @@ DAMAGED = (ValueError, KeyError, OSError, RuntimeError, IndexError, TypeError, E
 """What readers of binary files raise at a file that is cut short or garbled."""
 
 
-def load_gguf(path: Path, dtype: torch.dtype | None = None, **kw: Any) -> tuple[nn.Module, Any]:
+def load_gguf(path: Path, dtype: torch.dtype | None = None, **kw: Any) -> tuple[Any, Any]:
     """The model (de-quantised, float32 unless asked otherwise) and its tokenizer."""
     try:
         import gguf  # noqa: F401
@@ -39,7 +38,7 @@ def load_gguf(path: Path, dtype: torch.dtype | None = None, **kw: Any) -> tuple[
         ) from error
     # The loader leaves a note that the weights are quantised, which they no longer are and which forbids saving.
     for config in (model.config, getattr(model.config, "text_config", None)):
-        if hasattr(config, "quantization_config"):
+        if config is not None and hasattr(config, "quantization_config"):
             del config.quantization_config
     for note in ("hf_quantizer", "quantization_method", "is_quantized"):
         if note in vars(model):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from headwise.errors import HeadwiseError
+from headwise.models.gguf import reason
 from headwise.models.segments import Segments
 from headwise.models.tokens import used
 
@@ -30,6 +31,8 @@ def encode(opened: Opened, given: Any, *, target: str | None = None, **kw: Any) 
     kind = kind_of(given)
     if kind == "text" and not any(key in kw for key in ("images", "audio", "videos")):
         batch = encode_text(opened, given, **kw)
+    elif kind == "chat" and any(not isinstance(message["content"], str) for message in given):
+        batch = encode_mixed_chat(opened, given, **kw)
     elif kind == "chat":
         tokenizer = need_tokenizer(opened)
         batch, _ = Segments.from_chat(tokenizer, given, **{"add_generation_prompt": True, **kw})
@@ -57,7 +60,7 @@ def kind_of(given: Any) -> str:
         return "image"
     if isinstance(given, Tensor | np.ndarray):
         floating = given.is_floating_point() if isinstance(given, Tensor) else given.dtype.kind == "f"
-        if given.ndim in (3, 4):
+        if given.ndim in (3, 4) or (given.ndim == 2 and given.dtype in (np.uint8, torch.uint8)):
             return "image"
         if given.ndim == 1 and floating:
             return "audio"
@@ -114,15 +117,54 @@ def encode_media(opened: Opened, given: Any, kind: str, **kw: Any) -> dict[str, 
         extractor = getattr(processor, "feature_extractor", processor)
         rate = kw.pop("sampling_rate", WHISPER_RATE)
         sounds = [to_numpy(given)] if getattr(given, "ndim", 0) == 1 else [to_numpy(one) for one in given]
-        if any(one.size == 0 for one in sounds):
-            raise HeadwiseError("encode: the sound is empty; give at least one sample.")
-        batch = dict(extractor(sounds, sampling_rate=rate, return_tensors="pt", **kw))
+        check_sounds(opened, extractor, sounds)
+        made = call(extractor, sounds, sampling_rate=rate, **kw)
     elif kind == "image":
-        batch = dict(processor(images=given, return_tensors="pt", **kw))
+        made = call(processor, images=as_pictures(given), **kw)
     else:
-        batch = dict(processor(text=given, return_tensors="pt", **kw))
-        check_length(opened, batch["input_ids"])
+        made = call(processor, text=given, **kw)
+        check_length(opened, made["input_ids"])
+    return made
+
+
+def encode_mixed_chat(opened: Opened, messages: Any, **kw: Any) -> dict[str, Tensor]:
+    """A conversation with pictures or sound in it, by the processor's own template."""
+    template = getattr(opened.processor, "apply_chat_template", None)
+    if template is None:
+        raise HeadwiseError(f"encode: {opened.name} has no processor for a conversation that is not all text.")
+    made = call(template, messages, **{"tokenize": True, "return_dict": True, "add_generation_prompt": True, **kw})
+    check_length(opened, made["input_ids"])
+    return made
+
+
+def call(processor: Any, *args: Any, **kw: Any) -> dict[str, Tensor]:
+    """The tensors a processor makes; its complaints as ours."""
+    try:
+        batch = processor(*args, return_tensors="pt", **kw)
+    except (ValueError, TypeError) as error:
+        raise HeadwiseError(f"encode: the model's processor refuses this input ({reason(error)}).") from error
     return {key: value for key, value in batch.items() if isinstance(value, Tensor)}
+
+
+def check_sounds(opened: Opened, extractor: Any, sounds: Sequence[np.ndarray]) -> None:
+    """Refuse silence of no length, and what the extractor would cut off without a word."""
+    most = getattr(extractor, "n_samples", None)
+    for sound in sounds:
+        if sound.size == 0:
+            raise HeadwiseError("encode: the sound is empty; give at least one sample.")
+        if isinstance(most, int) and sound.size > most:
+            raise HeadwiseError(
+                f"encode: the sound has {sound.size} samples, but {opened.name} hears {most} at a time; cut it."
+            )
+
+
+def as_pictures(given: Any) -> Any:
+    """Grey pictures [height, width] get three equal channels."""
+    if isinstance(given, Sequence):
+        return [as_pictures(one) for one in given]
+    if isinstance(given, np.ndarray | Tensor) and given.ndim == 2:
+        return np.stack([to_numpy(given)] * 3, axis=-1)
+    return given
 
 
 def with_decoder(opened: Opened, batch: dict[str, Tensor], target: str | None) -> dict[str, Tensor]:

@@ -137,7 +137,7 @@ def load(
 def fingerprint(model: nn.Module) -> str:
     digest = hashlib.sha256()
     config = getattr(model, "config", None)
-    if hasattr(config, "to_dict"):
+    if config is not None and hasattr(config, "to_dict"):
         facts = {key: value for key, value in config.to_dict().items() if key not in UNSTABLE}
         digest.update(json.dumps(facts, sort_keys=True, default=str).encode())
     parameters = list(model.named_parameters())

@@ -72,9 +72,9 @@ def find_projections(module: nn.Module) -> Projections | None:
         child = children.get(name)
         return child if child is not None and matrix_or_none(child) is not None else None
 
-    for q, kv in QUERY_AND_FUSED:
-        if linear(q) and linear(kv):
-            return Projections(q=linear(q), fused=linear(kv))
+    for query, rest in QUERY_AND_FUSED:
+        if linear(query) and linear(rest):
+            return Projections(q=linear(query), fused=linear(rest))
     for names in SEPARATE:
         q, k, v = (linear(n) for n in names)
         if q and k and v:

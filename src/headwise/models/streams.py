@@ -13,7 +13,7 @@ WORDS = (
     ("connector", re.compile(r"connector|projector|resampler|perceiver|abstractor|merger")),
     ("audio", re.compile(r"audio|speech|acoustic|wav2vec|whisper")),
     ("vision", re.compile(r"vision|visual|image_encoder|image_tower|video|(^|_)vi[td](_|$)|^vpm$|^img_|pixel")),
-    ("text", re.compile(r"language|text|^llm?$|^lm_|thinker|talker")),
+    ("text", re.compile(r"language|(^|_)text|^llm?$|^lm_|thinker|talker")),
 )
 CROSS = re.compile(
     r"cross_?att|^enc_?dec|encdec|encoder_?att|enc_attn|^multihead_attn$|crossattention|^xattn|_to_image|_to_token"
@@ -68,7 +68,8 @@ def attention_kind(module: nn.Module, name: str = "") -> str:
 def base_stream(model: nn.Module) -> str:
     """What the model as a whole reads."""
     if hasattr(model, "main_input_name"):
-        return MODALITY.get(model.main_input_name, "text")
+        names = (model.main_input_name, getattr(getattr(model, "encoder", None), "main_input_name", None))
+        return next((MODALITY[str(name)] for name in names if str(name) in MODALITY), "text")
     if type(model).__module__.split(".")[0] == "timm":
         return "vision"
     kinds = {type(module) for module in model.modules()}

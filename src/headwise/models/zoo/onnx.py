@@ -16,7 +16,13 @@ from headwise.errors import HeadwiseError
 GRAPH, NODE, INITIALIZER = 7, 1, 5
 NODE_INPUT, NODE_NAME, NODE_KIND = 1, 3, 4
 DIMS, DATA_TYPE, FLOATS, NAME, RAW = 1, 2, 4, 8, 9
-DTYPES = {1: np.dtype("<f4"), 7: np.dtype("<i8"), 6: np.dtype("<i4"), 9: np.dtype("?"), 10: np.dtype("<f2")}
+DTYPES: dict[int, np.dtype] = {
+    1: np.dtype("<f4"),
+    7: np.dtype("<i8"),
+    6: np.dtype("<i4"),
+    9: np.dtype("?"),
+    10: np.dtype("<f2"),
+}
 
 
 @dataclass(frozen=True)
@@ -30,9 +36,11 @@ def read(path: Path) -> tuple[dict[str, np.ndarray], list[Node]]:
     """The initializers by name, and the nodes in order."""
     try:
         data = memoryview(path.read_bytes())
-        graph = next(value for field, value in fields(data) if field == GRAPH)
+        graph = next(value for field, value in fields(data) if field == GRAPH and not isinstance(value, int))
         weights, nodes = {}, []
         for field, value in fields(graph):
+            if isinstance(value, int):
+                continue
             if field == INITIALIZER:
                 name, array = tensor(value)
                 weights[name] = array
@@ -76,12 +84,17 @@ def varint(data: memoryview, place: int) -> tuple[int, int]:
 
 
 def tensor(data: memoryview) -> tuple[str, np.ndarray]:
-    name, kind, dims, raw, floats = "", 0, [], None, []
+    name, kind, raw = "", 0, None
+    dims: list[int] = []
+    floats: list[bytes] = []
     for field, value in fields(data):
-        if field == DIMS:
-            dims += [value] if isinstance(value, int) else packed(value)
-        elif field == DATA_TYPE:
-            kind = value
+        if isinstance(value, int):
+            if field == DIMS:
+                dims.append(value)
+            elif field == DATA_TYPE:
+                kind = value
+        elif field == DIMS:
+            dims += packed(value)
         elif field == NAME:
             name = bytes(value).decode()
         elif field == RAW:
@@ -90,7 +103,7 @@ def tensor(data: memoryview) -> tuple[str, np.ndarray]:
             floats.append(bytes(value))
     if kind not in DTYPES:  # a kind of number no weight has
         return name, np.zeros(0)
-    flat = np.frombuffer(raw if raw is not None else b"".join(floats), DTYPES[kind])
+    flat: np.ndarray = np.frombuffer(b"".join(floats) if raw is None else raw, DTYPES[kind])
     return name, flat.reshape(dims)
 
 
@@ -105,6 +118,8 @@ def packed(data: memoryview) -> list[int]:
 def node(data: memoryview) -> Node:
     name, kind, inputs = "", "", []
     for field, value in fields(data):
+        if isinstance(value, int):
+            continue
         if field == NODE_INPUT:
             inputs.append(bytes(value).decode())
         elif field == NODE_NAME:

@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -109,7 +109,7 @@ def size_of(folder: Path) -> int:
 
 
 @contextmanager
-def bar(title: str, total: int, wanted: bool) -> Iterator[object]:
+def bar(title: str, total: int, wanted: bool) -> Iterator[Callable[[int], None]]:
     """A progress bar on a terminal, nothing elsewhere."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
