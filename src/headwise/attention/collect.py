@@ -30,7 +30,8 @@ from headwise.attention.readings import (
 )
 
 if TYPE_CHECKING:
-    from headwise.attention.stream import Block, Sweep
+    from headwise.attention.block import Block
+    from headwise.attention.stream import Sweep
 
 
 class Collector:

@@ -10,12 +10,8 @@ masked or very small entries.
 
 from __future__ import annotations
 
-import math
-import os
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from itertools import pairwise
 from threading import local
 
@@ -23,11 +19,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from headwise.attention.block import LANE, LOG2E, Block
 from headwise.attention.call import AttentionCall
 from headwise.attention.collect import Collector
-from headwise.attention.dense import BLOCKED, Values, propagate_rows
+from headwise.attention.dense import Values, propagate_rows
 from headwise.attention.effects import Bias, Effects, Weigh, key_set
 from headwise.attention.mask import cut
+from headwise.attention.parallel import in_parallel
 from headwise.attention.readings import (
     RELATIVE_LAGS,
     At,
@@ -47,9 +45,6 @@ from headwise.attention.readings import (
 
 NEG = -1e30
 """Stands for -inf inside a tile, where 0 * -inf would be nan."""
-LOG2E = 1 / math.log(2)
-LANE = 64
-"""Tiles are multiples of this wide; the place of a maximum is looked for in one lane only."""
 TILE = 1024
 ROWS = 128
 COLUMNS = 8
@@ -329,59 +324,6 @@ class Sweep:
         return found, block.lse
 
 
-@dataclass
-class Block:
-    """Running sums of a block of rows: m, the maximum so far; total, the normaliser (sink included); mass, keys only;
-    `spread` is sum p (s - m). m, base and spread are in units of log 2, lse is not."""
-
-    m: Float[Tensor, "batch heads row"]
-    total: Float[Tensor, "batch heads row"]
-    mass: Float[Tensor, "batch heads row"]
-    sums: dict[str, Tensor] = field(default_factory=dict)
-    tiles: list[tuple[int, int]] = field(default_factory=list)
-    top: Tensor | None = None
-    place: Tensor | None = None
-
-    def add(self, name: str, value: Tensor) -> None:
-        self.sums[name] = self.sums[name] + value if name in self.sums else value
-
-    def find_top(self, s: Tensor, start: int) -> Float[Tensor, "batch heads row"]:
-        """The tile's maximum per row; keeps where it is when it beats the tiles before."""
-        lanes = s.view(*s.shape[:-1], -1, LANE)
-        high, lane = lanes.amax(-1).max(-1)
-        best = lanes.gather(-2, lane[..., None, None].expand(*lane.shape, 1, LANE)).squeeze(-2)
-        place = start + lane * LANE + best.argmax(-1)
-        if self.top is None or self.place is None:
-            self.top, self.place = high, place
-        else:
-            better = high > self.top
-            self.top, self.place = torch.where(better, high, self.top), torch.where(better, place, self.place)
-        return high
-
-    def raise_to(self, m: Float[Tensor, "batch heads row"]) -> None:
-        """A new maximum: every sum so far shrinks by 2^(old - new)."""
-        down = self.m - m
-        shrink = down.exp2()
-        for name, of in (("spread", self.mass), ("inner", self.sums.get("inner_mass"))):
-            if name in self.sums and of is not None:
-                self.sums[name] = self.sums[name] + (down if of.ndim == 3 else down[..., None]) * of
-        for name, value in self.sums.items():
-            self.sums[name] = value * (shrink if value.ndim == 3 else shrink[..., None])
-        self.total, self.mass, self.m = self.total * shrink, self.mass * shrink, m
-
-    def close(self, lse: Float[Tensor, "batch heads row"] | None) -> None:
-        """Sets lse, base (what weights are normalised by) and share = 2^(m - base); 0 for rows that see nothing."""
-        dead = (self.m < BLOCKED) | (self.total == 0)
-        own = (self.m + self.total.log2()).masked_fill(dead, float("-inf"))
-        self.lse = own / LOG2E if lse is None else lse
-        self.base = (own if lse is None else lse * LOG2E).masked_fill(dead, 0.0)
-        self.share = (self.m - self.base).exp2().masked_fill(dead, 0.0)
-
-    lse: Tensor = field(init=False)
-    base: Tensor = field(init=False)
-    share: Tensor = field(init=False)
-
-
 def stream(
     effects: Effects, readings: Sequence[Reading], output: bool = True
 ) -> tuple[Float[Tensor, "batch heads query value_dim"] | None, dict[Reading, Values]]:
@@ -406,43 +348,3 @@ def threads(call: AttentionCall, wants: Wants) -> int:
     if call.q.device.type != "cpu" or shared or call.queries * call.keys < PARALLEL_PLACES:
         return 1
     return torch.get_num_threads()
-
-
-def in_parallel(work: Callable[[slice], None], blocks: list[slice], workers: int) -> None:
-    """Whole blocks on threads of their own, each with its operations unthreaded: tiles stay in a core's own cache, and
-    no operation waits for another core."""
-    if workers <= 1 or len(blocks) < 2:
-        for rows in blocks:
-            work(rows)
-        return
-    inference = torch.is_inference_mode_enabled()
-    queue = list(blocks)
-
-    def worker() -> None:
-        with torch.inference_mode(inference), torch.no_grad():
-            while queue:
-                try:
-                    rows = queue.pop()  # the last rows see the most keys: longest first
-                except IndexError:
-                    return
-                work(rows)
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        for done in [pool(workers).submit(worker) for _ in range(workers)]:
-            done.result()
-    finally:
-        queue.clear()
-        torch.set_num_threads(before)
-
-
-@cache
-def pool(workers: int) -> ThreadPoolExecutor:
-    """Kept between calls, as a thread's first operations are slow."""
-    return ThreadPoolExecutor(workers, "headwise", torch.set_num_threads, (1,))
-
-
-# Threads don't survive a fork: a child makes its own.
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=pool.cache_clear)
