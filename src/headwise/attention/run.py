@@ -231,9 +231,10 @@ def attend(
     Raises HeadwiseError where an edit can't take effect, where nothing can be read, and where segments don't fit.
     """
     sites = getattr(model, "sites", None) if not isinstance(model, nn.Module) else None
-    model = model if isinstance(model, nn.Module) else model.model
-    if not isinstance(model, nn.Module):
+    whole = model if isinstance(model, nn.Module) else getattr(model, "model", None)
+    if not isinstance(whole, nn.Module):
         raise HeadwiseError(f"attend wants a torch.nn.Module or an opened model; got a {type(model).__name__}.")
+    model = whole
     for kind, items, base in (("readings", readings, Reading), ("edits", edits, Edit)):
         for item in items:
             if not isinstance(item, base):
