@@ -2,8 +2,6 @@
 
 import json
 
-CHARTED = "benchmarks/results"
-
 
 def write(folder):
     folder.mkdir(exist_ok=True)
@@ -78,9 +76,24 @@ def zoo():
 
 
 def results(root):
-    """The stored benchmark runs, each as it was written."""
-    found = sorted((root / CHARTED).glob("*.json"))
-    if not found:
-        return "No results are stored yet.\n"
-    lines = [f"- [{path.name}](../{CHARTED}/{path.name})" for path in found]
-    return "\n".join(lines) + "\n"
+    """The stored benchmark runs: what each says of itself, and its lists of measurements as tables."""
+    found = sorted((root / "benchmarks" / "results").glob("*.json"))
+    parts = [stored(path.stem, json.loads(path.read_text(encoding="utf-8"))) for path in found]
+    return "\n".join(parts) or "No results are stored yet.\n"
+
+
+def stored(name, run):
+    run = run if isinstance(run, dict) else {"rows": run}
+    tables = {key: value for key, value in run.items() if is_table(value)}
+    facts = [f"- {key}: {short(value)}" for key, value in run.items() if key not in tables]
+    parts = [f"### {name}", "\n".join(facts)]
+    for rows in tables.values():
+        head = list(
+            dict.fromkeys(key for row in rows for key, value in row.items() if not isinstance(value, dict | list))
+        )
+        parts.append(table(head, [[short(row.get(key, "")) for key in head] for row in rows]))
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def is_table(value):
+    return isinstance(value, list) and bool(value) and all(isinstance(row, dict) for row in value)
