@@ -14,7 +14,7 @@ export function sampleView(parent, data, store, theme, place) {
   if (!rows) return void elsewhere(section, data, store, sample);
   const { colour } = scoreScale(0, 1, theme.get());
   const intro = section.append("div").attr("class", "intro");
-  intro.append("p").attr("class", "note").text("Point at a token, or move with the arrows. Colour shows how much the outlined token looks at each other one. Right: all of it, from each row down to each token across. The eight strongest of every row are kept.");
+  intro.append("p").attr("class", "note").text("Point at a token, or move with the arrows. Colour shows how much the outlined token looks at each other one. The map shows all tokens at once: a row for each, eight strongest kept.");
   const map = intro.append("canvas").attr("class", "map").attr("aria-hidden", "true");
   const list = section.append("div").attr("class", "tokens").attr("role", "listbox").attr("aria-label", "Tokens of the sample");
   const tokens = list.selectAll("span").data(sample.tokens).join("span").attr("class", "token").attr("role", "option").attr("aria-label", (t, i) => `${i}: ${visible(t)}`).text(visible)
