@@ -57,3 +57,17 @@ def test_portable(dtype, dim, value_dim, data):
         sinks=dim == 96, bias=dim == 128, key_bias=dim == 64, layout="tokens", segments=9,
     )  # fmt: skip
     compare(call, run(call), expected(call), 2e-5)
+
+
+@pytest.mark.parametrize("layout", ["runs", "short"])
+@pytest.mark.parametrize("queries", [1, 20, 600])
+def test_reweight(layout, queries):
+    from headwise.attention.fused import reweight
+
+    call = make(
+        5, heads=8, kv_heads=2, queries=queries, keys=3000, dim=128, dtype=torch.bfloat16, device="cuda", segments=6,
+        layout=layout, want={"mass", "entropy"}, bias=True,
+    )  # fmt: skip
+    found, _ = reweight(call, [0, 1, -1, 1, 0, -1], lambda masses: torch.full_like(masses, 0.25))
+    factors = torch.tensor([0.25, 0.25, 1.0, 0.25, 0.25, 1.0], device="cuda").expand(1, 8, queries, -1)
+    compare(call, found, expected(call, factors), 2e-5)

@@ -39,7 +39,7 @@ def test_reweight_by_groups(name):
 
     call = make(2, device=DEVICE, **CASES[name])
     groups = [0, 1, -1, 1, 0]
-    found, factors = reweight(call, torch.tensor(groups), lambda masses: 1.5 - masses)
+    found, factors = reweight(call, groups, lambda masses: 1.5 - masses)
     mass = expected(call)["mass"]
     members = [[s for s, g in enumerate(groups) if g == group] for group in range(2)]
     wanted = 1.5 - torch.stack([mass[..., m].sum(-1) for m in members], -1)

@@ -8,7 +8,7 @@ knows; on the CPU only in Triton's interpreter (TRITON_INTERPRET=1), which the t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 import torch
@@ -77,7 +77,7 @@ def run(call: FusedCall) -> FusedResult:
 
 
 def reweight(
-    call: FusedCall, groups: Int[Tensor, " segment"], rule: Callable[[Tensor], Tensor]
+    call: FusedCall, groups: Sequence[int], rule: Callable[[Tensor], Tensor]
 ) -> tuple[FusedResult, Float[Tensor, "batch heads query group"]]:
     """Attend each group of segments by itself and merge with weights `rule(masses)`.
 
@@ -85,14 +85,14 @@ def reweight(
     are left as they are too. `rule` maps masses [batch, heads, query, group] to factors of the same shape.
     """
     _check(call)
-    count = int(groups.max()) + 1
+    count = max(groups) + 1
     bits = [0] * (count + 1)
-    for segment, group in enumerate(groups.tolist()):
+    for segment, group in enumerate(groups):
         bits[group] |= 1 << segment
     bits[count] |= 1 << SEGMENTS
     shape = call.q.shape[:3]
     splits = split_count(call)
-    found = portable(call, splits, torch.tensor(bits, dtype=torch.int64, device=call.q.device))
+    found = portable(call, splits, numbers(tuple(bits), call.q.device))
     each = merge(found, shape, splits, count + 1, torch.float32) if splits > 1 else found
     logs = each["lse"]
     whole = logs.logsumexp(0)
@@ -116,6 +116,12 @@ def _check(call: FusedCall) -> None:
 
 
 @lru_cache
+def numbers(values: tuple[int, ...], device: torch.device) -> Int[Tensor, " value"]:
+    """Copied to the device once, not at every token of a generation."""
+    return torch.tensor(values, dtype=torch.int64, device=device)
+
+
+@lru_cache
 def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
@@ -126,21 +132,23 @@ def packed(call: FusedCall) -> bool:
 
 def split_count(call: FusedCall) -> int:
     """Over how many programs the keys of one block are spread; from the shapes alone, so results repeat."""
-    if not packed(call):
-        return 1
-    busy = call.q.shape[0] * call.k.shape[1]
-    return max(1, min(2 * multiprocessors(call.q.device) // busy, triton.cdiv(call.k.shape[2], 256), 64))
+    keys, chips = call.k.shape[2], multiprocessors(call.q.device)
+    if packed(call):
+        return max(1, min(2 * chips // (call.q.shape[0] * call.k.shape[1]), triton.cdiv(keys, 256), 64))
+    busy = call.q.shape[0] * call.q.shape[1] * triton.cdiv(call.q.shape[2], 128)
+    return max(1, min(2 * chips // busy, keys // 2048, 16))
 
 
-def blocks(call: FusedCall) -> dict[str, int]:
+def blocks(call: FusedCall, grouped: bool = False) -> dict[str, int]:
     """Block sizes, warps and stages for the portable kernel."""
     wide = triton.next_power_of_2(max(call.q.shape[-1], call.v.shape[-1] if call.v is not None else 16))
     rows = call.q.shape[2] * (call.group if packed(call) else 1)
     few = max(16, triton.next_power_of_2(rows))
     if call.q.dtype == torch.float32:
         return {"BM": min(few, 32), "BN": 32, "num_warps": 4, "num_stages": 2}
-    if few <= 64:
-        return {"BM": few, "BN": 64, "num_warps": 4, "num_stages": 3 if wide <= 128 else 2}
+    # Skipping tiles with 8 warps reads past shared memory in Triton 3.6 (seen with compute-sanitizer); 4 warps are sound.
+    if few <= 64 or grouped:
+        return {"BM": min(few, 64), "BN": 64, "num_warps": 4, "num_stages": 3 if wide <= 128 else 2}
     return {"BM": 128, "BN": 64, "num_warps": 8, "num_stages": 3 if wide <= 128 else 2}
 
 
@@ -150,7 +158,7 @@ def portable(call: FusedCall, splits: int = 1, group_bits: Tensor | None = None)
     batch, heads, queries, dim = q.shape
     keys, value_dim = k.shape[2], v.shape[-1] if v is not None else 16
     groups = len(group_bits) if group_bits is not None else 1
-    parts, sizes, pack = splits * groups, blocks(call), packed(call)
+    parts, sizes, pack = splits * groups, blocks(call, group_bits is not None), packed(call)
     tile, stretch = sizes["BN"], triton.cdiv(triton.cdiv(keys, splits), sizes["BN"]) * sizes["BN"]
     left, right = call.bounds
 
@@ -181,7 +189,7 @@ def portable(call: FusedCall, splits: int = 1, group_bits: Tensor | None = None)
         return 0 if x is None or x.shape[dim] == 1 else x.stride(dim)
 
     labelled = call.labelled or group_bits is not None
-    bits = tile_bits(call.key_labels.expand(batch, -1), tile, SEGMENTS) if group_bits is not None else None
+    bits = tile_bits(call.key_labels, tile, SEGMENTS) if group_bits is not None else None
     values = v if v is not None else k
     rows = queries * (call.group if pack else 1)
     grid = (triton.cdiv(rows, sizes["BM"]), batch * (k.shape[1] if pack else heads), parts)
@@ -194,7 +202,7 @@ def portable(call: FusedCall, splits: int = 1, group_bits: Tensor | None = None)
         given(call.query_labels, torch.int32), given(bits), given(group_bits), table,
         given(call.key_bias, torch.float32), given(call.sinks, torch.float32),
         *q.stride()[:3], *k.stride()[:3], *values.stride()[:3], *out.stride()[:4],
-        step(call.key_labels), step(call.query_labels), table.stride(0), table.stride(1), step(call.key_bias),
+        step(call.key_labels), step(call.query_labels), step(bits), table.stride(0), table.stride(1), step(call.key_bias),
         heads, queries, keys, call.query_offset, left or 0, right or 0,
         call.scale if call.softcap is not None else call.scale * LOG2E, call.softcap or 1.0, stretch, groups, slots,
         group=call.group, PACK=pack, POSITIONS=call.positions is not None, HAS_RIGHT=right is not None,

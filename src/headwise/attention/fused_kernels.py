@@ -16,7 +16,7 @@ NEG = tl.constexpr(-1e30)
 START = tl.constexpr(-1e20)
 OUT_OF_REACH = tl.constexpr(-6e4)
 # Numbers that change from call to call (a cache grows by one key a token): no new code for each kind of them.
-VARYING = ("label_stride", "query_label_stride", "bias_stride_h", "bias_stride_q", "key_bias_stride", "heads", "queries",
+VARYING = ("label_stride", "query_label_stride", "tile_stride", "bias_stride_h", "bias_stride_q", "key_bias_stride", "heads", "queries",
            "keys", "offset", "left", "right", "stretch", "groups", "G")  # fmt: skip
 LN2 = tl.constexpr(0.6931471805599453)
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -72,7 +72,7 @@ def visible(column, position, K, valid, left, right, RIGHT: tl.constexpr, LEFT: 
 def forward(Q, K, V, OUT, LSE, ENTROPY, MASS, INNER, DISTANCE, DISTANCE_SQ, TOP, TOP_INDEX,
             POSITION, VALID, LABELS, QUERY_LABELS, TILE_BITS, GROUP_BITS, BIAS, KEY_BIAS, SINKS,
             sq_b, sq_h, sq_q, sk_b, sk_h, sk_k, sv_b, sv_h, sv_k, so_s, so_b, so_h, so_q,
-            label_stride, query_label_stride, bias_stride_h, bias_stride_q, key_bias_stride,
+            label_stride, query_label_stride, tile_stride, bias_stride_h, bias_stride_q, key_bias_stride,
             heads, queries, keys, offset, left, right, scale, cap, stretch, groups, G,
             group: tl.constexpr, PACK: tl.constexpr, POSITIONS: tl.constexpr, HAS_RIGHT: tl.constexpr,
             HAS_LEFT: tl.constexpr, HAS_VALID: tl.constexpr, SOFTCAP: tl.constexpr, HAS_SINKS: tl.constexpr,
@@ -153,7 +153,7 @@ def forward(Q, K, V, OUT, LSE, ENTROPY, MASS, INNER, DISTANCE, DISTANCE_SQ, TOP,
             inside = column < keys
             busy = True
             if HAS_GROUPS:
-                busy = (tl.load(TILE_BITS + batch * tl.cdiv(keys, BN) + first // BN) & wanted) != 0
+                busy = (tl.load(TILE_BITS + batch * tile_stride + first // BN) & wanted) != 0
             if busy:
                 k = tl.load(k_at + column.to(tl.int64)[:, None] * sk_k + dim[None, :],
                             mask=inside[:, None] & (dim < D)[None, :], other=0.0)  # fmt: skip

@@ -181,7 +181,7 @@ def one_of(heads: Int[Tensor, " chosen"], count: int, value: float, more: tuple[
 def weighed(effects: Effects, lowered: FusedCall) -> FusedResult:
     """Reweight: each group attended by itself, merged with the rule's weights."""
     [weigh] = effects.weighs
-    groups = torch.full((lowered.segments,), -1, dtype=torch.long)
+    groups = [-1] * lowered.segments
     for number, group in enumerate(weigh.groups):
         assert group.label is not None
         groups[group.label] = number

@@ -4,13 +4,16 @@ The Hopper kernel walks runs instead of labels. The table depends on the labels 
 labels and found again by every layer of a forward pass.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+T = TypeVar("T")
 MANY = 1 << 8
 """Set in a run's label when the label occurs in more than one run: its mass is then merged, not stored."""
 
@@ -32,14 +35,19 @@ class Runs:
 _known: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
+def once(labels: Tensor, what: str, make: Callable[..., T], *arguments: int) -> T:
+    """`make(labels, *arguments)`, kept as long as the tensor lives and is not written to."""
+    version = labels._version if not labels.is_inference() else 0
+    known = _known.setdefault(labels, {})
+    key = (what, version, *arguments)
+    if key not in known:
+        known[key] = make(labels, *arguments)
+    return known[key]
+
+
 def runs_of(labels: Int[Tensor, "batch key"], segments: int, tile: int) -> Runs:
     """The run table of these labels (negative: no segment), for key tiles of this size."""
-    key = (segments, tile, labels._version)
-    known = _known.setdefault(labels, {})
-    if key not in known:
-        known.clear()
-        known[key] = _table(labels, segments, tile)
-    return known[key]
+    return once(labels, "runs", _table, segments, tile)
 
 
 def _table(labels: Tensor, segments: int, tile: int) -> Runs:
@@ -63,6 +71,10 @@ def _table(labels: Tensor, segments: int, tile: int) -> Runs:
 
 def tile_bits(labels: Int[Tensor, "batch key"], tile: int, none: int) -> Int[Tensor, "batch tile"]:
     """The labels that occur in each key tile, as bits; bit `none` stands for keys without a label."""
+    return once(labels, "bits", _bits, tile, none)
+
+
+def _bits(labels: Tensor, tile: int, none: int) -> Tensor:
     batch, keys = labels.shape
     place = torch.where(labels < 0, none, labels.long())
     tiles = -(-keys // tile)

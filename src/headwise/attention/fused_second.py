@@ -21,7 +21,7 @@ from headwise.attention.fused_types import FusedCall
 LOG2E_HOST = 1.4426950408889634
 
 
-@triton.jit(do_not_specialize=[n for n in VARYING if n not in ("stretch", "groups")])
+@triton.jit(do_not_specialize=[n for n in VARYING if n not in ("stretch", "groups", "tile_stride")])
 def received_kernel(Q, K, LSE, OUT, POSITION, VALID, LABELS, QUERY_LABELS, BIAS, KEY_BIAS,
                     sq_b, sq_h, sq_q, sk_b, sk_h, sk_k,
                     label_stride, query_label_stride, bias_stride_h, bias_stride_q, key_bias_stride,
