@@ -167,3 +167,17 @@ def test_names_are_snake_case() -> None:
 def test_bad_options_are_refused(make: object) -> None:
     with pytest.raises(HeadwiseError):
         make()  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(
+    ("inputs", "tokens"),
+    [
+        ({"input_ids": torch.zeros(2, 7), "pixel_values": torch.zeros(1, 3, 64, 64)}, 14),
+        ({"pixel_values": torch.zeros(2, 3, 64, 32)}, 16),
+        ({"input_features": torch.zeros(1, 80, 3000)}, 3000),
+        ({"input_values": torch.zeros(1, 500)}, 500),
+        ({}, 1),
+    ],
+)
+def test_tokens_are_counted_for_every_kind_of_input(inputs: dict, tokens: int) -> None:
+    assert Prompt(inputs).tokens == tokens

@@ -41,13 +41,20 @@ class Prompt:
     own: Any = None
 
     @property
-    def tokens(self) -> int:
-        """How many tokens the model reads: the size of the input ids, else of the largest input's first two dims."""
+    def length(self) -> int:
+        """How many tokens a sample has at most: those of the ids, the steps of a sound, the patches of a picture (as if
+        each were 16 x 16)."""
         ids = self.inputs.get("input_ids")
         if isinstance(ids, Tensor):
-            return ids.numel()
-        shapes = [v.shape for v in self.inputs.values() if isinstance(v, Tensor)]
-        return max((s[0] * (s[1] if len(s) == 2 else 1) for s in shapes), default=1)
+            return ids.shape[-1]
+        shapes = [v.shape[1:] for v in self.inputs.values() if isinstance(v, Tensor)]
+        return max((max(1, s[-1] * s[-2] // 256) if len(s) == 3 else max(s, default=1) for s in shapes), default=1)
+
+    @property
+    def tokens(self) -> int:
+        """About how many tokens the model reads."""
+        batch = next((len(v) for v in self.inputs.values() if isinstance(v, Tensor) and v.ndim), 1)
+        return batch * self.length
 
 
 @dataclass(frozen=True)

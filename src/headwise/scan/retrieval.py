@@ -73,8 +73,8 @@ class RetrievalHeads(Question):
         )
 
     def lacks(self, opened: Opened) -> str | None:
-        if opened.tokenizer is None or not getattr(opened.tokenizer, "is_fast", False):
-            return "a fast tokenizer, to find the needle's tokens again"
+        if not getattr(opened.tokenizer, "is_fast", False):
+            return lacks_language_model(opened) or "a fast tokenizer, to find the needle's tokens again"
         return lacks_language_model(opened)
 
     def streams(self, opened: Opened) -> Sequence[str]:

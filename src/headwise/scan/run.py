@@ -206,7 +206,7 @@ def _plan(
                 f"texts: {question.name} is asked of your texts or inputs; give texts=[...] or inputs=[...]."
             )
         fitting.append(question)
-    asked = [*fitting, Details(max(p.tokens for p in prompts))] if prompts else fitting
+    asked = [*fitting, Details(max(p.length for p in prompts))] if prompts else fitting
     return make_plan(opened, prompts, asked, queries), fitting
 
 
