@@ -65,11 +65,15 @@ def segment_labels(n: int) -> Any:
     return torch.arange(n) * SEGMENTS // n
 
 
+def cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def load(folder: str, attention: str) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(cores())
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention).eval()
 
 
@@ -191,7 +195,7 @@ def machine() -> dict[str, Any]:
             found[package] = "not installed"
     return {
         "cpu": names[0] if names else platform.processor(),
-        "cores": os.cpu_count(),
+        "cores": cores(),
         "system": platform.platform(),
         "python": platform.python_version(),
         "versions": found,
