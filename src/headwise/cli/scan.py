@@ -116,11 +116,12 @@ def _print(result: Scan) -> None:
         "question", "score", f"the {BEST} strongest heads", title=f"{len(result.heads)} heads", title_justify="left"
     )
     for question in result.payload()["questions"]:
-        best = result.heads.dropna(subset=[question["name"]]).nlargest(BEST, question["name"])
+        scores = result.heads[question["name"]]
+        best = result.heads[scores.notna() & (scores != 0)].nlargest(BEST, question["name"])
         streams = best["stream"] + " " if many else [""] * len(best)
         heads = zip(streams, best["layer"], best["head"], best[question["name"]])
         named = [f"{stream}L{layer}.H{head} [dim]{score:.2f}[/]" for stream, layer, head, score in heads]
-        table.add_row(question["title"], question["unit"], "  ".join(named))
+        table.add_row(question["title"], question["unit"], "  ".join(named) or "[dim]none[/]")
     out.print(table)
     roles = result.heads["role"].value_counts()
     out.print("Roles: " + ", ".join(f"{count} {role}" for role, count in roles.items()), markup=False)
