@@ -1,6 +1,8 @@
 # Every target sets itself up from nothing: a virtual environment in .venv, made again when pyproject.toml or constraints.txt change.
 PYTHON ?= python3
 BIN := .venv/bin
+# without byte-compiling: Python compiles what is used at first use, a small part of it
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
@@ -12,12 +14,12 @@ help:  ## what can be made
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("headwise needs Python 3.11 or newer: make PYTHON=python3.12 ..." if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable .
+	$(INSTALL) --editable .
 	@touch $@
 
 .venv/.installed-dev: .venv/.installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps timm
+	$(INSTALL) --editable '.[dev]'
+	$(INSTALL) --no-deps timm
 	@touch $@
 
 scan: .venv/.installed  ## scan the heads of a small language model and write report.html
