@@ -41,8 +41,8 @@ def encoder(name: str, inputs=right_padded, **change: object) -> Family:
     return Family(name, BERT | change, "AutoModel", inputs)
 
 
-def pair(name: str, base: dict, **change: object) -> Family:
-    return Family(name, base | change, "AutoModelForSeq2SeqLM", translation)
+def pair(name: str, base: dict, refused: tuple[str, ...] = (), **change: object) -> Family:
+    return Family(name, base | change, "AutoModelForSeq2SeqLM", translation, refused)
 
 
 ENCODERS = [
@@ -72,10 +72,10 @@ SEQ2SEQ = [
                                       "plbart"]),
     pair("m2m_100", LAYERS),
     pair("nllb-moe", LAYERS, num_experts=4, expert_capacity=64, encoder_sparse_step=2, decoder_sparse_step=2),
-    pair("pegasus_x", LAYERS, num_global_tokens=2, block_size=4),
-    pair("bigbird_pegasus", LAYERS, attention_type="original_full"),
+    pair("pegasus_x", LAYERS, ("encoder.layers",), num_global_tokens=2, block_size=4),
+    pair("bigbird_pegasus", LAYERS, ("encoder.layers",), attention_type="original_full"),
     *(pair(name, T5) for name in ["t5", "mt5", "umt5"]),
-    pair("longt5", T5, local_radius=3, global_block_size=4),
+    pair("longt5", T5, ("LocalSelfAttention",), local_radius=3, global_block_size=4),
     pair("switch_transformers", T5, num_decoder_layers=2, num_experts=4, expert_capacity=64,
          num_sparse_encoder_layers=1,
          num_sparse_decoder_layers=1),

@@ -26,8 +26,7 @@ class Family:
     config: dict = field(default_factory=dict)
     head: str = "AutoModelForCausalLM"
     inputs: Inputs | None = None
-    unreached: tuple[str, ...] = ()  # dotted-name parts of attention modules that never reach the interface
-    note: str = ""
+    refused: tuple[str, ...] = ()  # parts of the names of attention layers that are written out by hand
 
     @property
     def id(self) -> str:

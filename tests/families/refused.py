@@ -75,9 +75,8 @@ FUNCTION_MODE = [
     Family("sam_vision_model", VIT | dict(output_channels=16, mlp_dim=48, window_size=2, global_attn_indexes=[1],
                                           num_pos_feats=16),
            "SamVisionModel", image),
-    Family("siglip_vision_model", VIT, "SiglipVisionModel", image, note="the pooling head is nn.MultiheadAttention"),
+    Family("wavlm", WAVE | dict(num_buckets=8, max_bucket_distance=16), "AutoModel", wave),
 ]  # fmt: skip
-WAVLM = Family("wavlm", WAVE | dict(num_buckets=8, max_bucket_distance=16), "AutoModel", wave)
 
 # No softmax attention anywhere.
 WITHOUT_ATTENTION = [

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .family import Call
 
 SEGMENTS = ("first", "previous", "window:2")
+PLACES = ("first", "rest")
 
 
 def reduce(weights: Tensor, start: int = 0, first: int = 0) -> dict[str, Tensor]:
@@ -31,6 +32,7 @@ def reduce(weights: Tensor, start: int = 0, first: int = 0) -> dict[str, Tensor]
         "distance": (a * gap).sum(-1),
         "distance_sq": (a * gap**2).sum(-1),
         "mass": torch.stack([(a * mask).sum(-1) for mask in masks], -1),
+        "place": torch.stack([(a * masks[0]).sum(-1), (a * ~masks[0]).sum(-1)], -1),
         "map": a,
     }
 
@@ -43,8 +45,8 @@ def recorded_torch(model: nn.Module) -> Iterator[list[Call]]:
     calls: list[Call] = []
     plain, fused = F.scaled_dot_product_attention, F.multi_head_attention_forward
 
-    def attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, *args: Any, **kwargs: Any) -> Tensor:
-        output = plain(query, key, value, attn_mask, *args, **kwargs)
+    def attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, **kwargs: Any) -> Tensor:
+        output = plain(query, key, value, attn_mask, **kwargs)
         causal = kwargs.get("is_causal", False)
         scale = kwargs.get("scale") or query.shape[-1] ** -0.5
         scores = query.double() @ key.double().transpose(-1, -2) * scale

@@ -44,10 +44,8 @@ def patches(config: object) -> Batch:
     return {"pixel_values": torch.randn(2, 16, 48), "pixel_attention_mask": mask, "spatial_shapes": shapes}
 
 
-def vision(
-    name: str, head: str = "AutoModel", inputs=image, unreached: tuple[str, ...] = (), **change: object
-) -> Family:
-    return Family(name, VIT | change, head, inputs, unreached)
+def vision(name: str, head: str = "AutoModel", inputs=image, **change: object) -> Family:
+    return Family(name, VIT | change, head, inputs)
 
 
 VISION = [
@@ -55,10 +53,10 @@ VISION = [
     vision("vit_mae", inputs=fixed_noise),
     vision("clip_vision_model", head="CLIPVisionModel"),
     vision("chinese_clip_vision_model", head="ChineseCLIPVisionModel"),
-    vision("siglip_vision_model", head="SiglipVisionModel", unreached=("head.attention",)),
-    vision("siglip2_vision_model", head="Siglip2VisionModel", inputs=patches, unreached=("head.attention",),
+    vision("siglip_vision_model", head="SiglipVisionModel"),
+    vision("siglip2_vision_model", head="Siglip2VisionModel", inputs=patches,
            num_patches=16),
-    vision("aimv2_vision_model", head="Aimv2VisionModel", unreached=("head",)),
+    vision("aimv2_vision_model", head="Aimv2VisionModel"),
     vision("mlcd_vision_model", head="MLCDVisionModel"),
     vision("beit", use_relative_position_bias=True),
     vision("yolos", image_size=[16, 16], num_detection_tokens=3),
@@ -84,5 +82,5 @@ DETECTION = [
     Family("conditional_detr", DETR, "AutoModel", big_image),
     Family("deformable_detr", DETR | dict(num_feature_levels=1, encoder_n_points=2, decoder_n_points=2), "AutoModel",
            big_image,
-           unreached=("encoder_attn", "encoder.layers.0.self_attn")),
+           ("encoder_attn", "encoder.layers.0.self_attn")),
 ]  # fmt: skip

@@ -87,7 +87,7 @@ class Session:
         return site
 
     def kind_of(self, module: nn.Module) -> str:
-        """"self" or "cross"."""
+        """Whether a module attends to its own sequence ("self") or to another ("cross")."""
         site = self.by_module.get(module)
         return site.kind if site is not None else attention_kind(module, self.names.get(module, ""))
 
