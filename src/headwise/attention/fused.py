@@ -18,7 +18,7 @@ from torch import Tensor
 
 from headwise.attention.fused_kernels import forward
 from headwise.attention.fused_merge import merge
-from headwise.attention.fused_runs import tile_bits
+from headwise.attention.fused_runs import group_tiles
 from headwise.attention.fused_types import SEGMENTS, WANTS, FusedCall, FusedResult, supports
 from headwise.errors import HeadwiseError
 
@@ -92,7 +92,7 @@ def reweight(
     bits[count] |= 1 << SEGMENTS
     shape = call.q.shape[:3]
     splits = split_count(call)
-    found = portable(call, splits, numbers(tuple(bits), call.q.device))
+    found = portable(call, splits, tuple(bits))
     each = merge(found, shape, splits, count + 1, torch.float32) if splits > 1 else found
     logs = each["lse"]
     whole = logs.logsumexp(0)
@@ -139,26 +139,25 @@ def split_count(call: FusedCall) -> int:
     return max(1, min(2 * chips // busy, keys // 2048, 16))
 
 
-def blocks(call: FusedCall, grouped: bool = False) -> dict[str, int]:
+def blocks(call: FusedCall) -> dict[str, int]:
     """Block sizes, warps and stages for the portable kernel."""
     wide = triton.next_power_of_2(max(call.q.shape[-1], call.v.shape[-1] if call.v is not None else 16))
     rows = call.q.shape[2] * (call.group if packed(call) else 1)
     few = max(16, triton.next_power_of_2(rows))
     if call.q.dtype == torch.float32:
         return {"BM": min(few, 32), "BN": 32, "num_warps": 4, "num_stages": 2}
-    # Skipping tiles with 8 warps reads past shared memory in Triton 3.6 (seen with compute-sanitizer); 4 warps are sound.
-    if few <= 64 or grouped:
-        return {"BM": min(few, 64), "BN": 64, "num_warps": 4, "num_stages": 3 if wide <= 128 else 2}
+    if few <= 64:
+        return {"BM": few, "BN": 64, "num_warps": 4, "num_stages": 3 if wide <= 128 else 2}
     return {"BM": 128, "BN": 64, "num_warps": 8, "num_stages": 3 if wide <= 128 else 2}
 
 
-def portable(call: FusedCall, splits: int = 1, group_bits: Tensor | None = None) -> dict[str, Tensor]:
+def portable(call: FusedCall, splits: int = 1, group_bits: tuple[int, ...] | None = None) -> dict[str, Tensor]:
     """Run the portable kernel; every result has a leading dim of splits times groups."""
     q, k, v, want = call.q, call.k, call.v, call.want
     batch, heads, queries, dim = q.shape
     keys, value_dim = k.shape[2], v.shape[-1] if v is not None else 16
     groups = len(group_bits) if group_bits is not None else 1
-    parts, sizes, pack = splits * groups, blocks(call, group_bits is not None), packed(call)
+    parts, sizes, pack = splits * groups, blocks(call), packed(call)
     tile, stretch = sizes["BN"], triton.cdiv(triton.cdiv(keys, splits), sizes["BN"]) * sizes["BN"]
     left, right = call.bounds
 
@@ -189,7 +188,10 @@ def portable(call: FusedCall, splits: int = 1, group_bits: Tensor | None = None)
         return 0 if x is None or x.shape[dim] == 1 else x.stride(dim)
 
     labelled = call.labelled or group_bits is not None
-    bits = tile_bits(call.key_labels, tile, SEGMENTS) if group_bits is not None else None
+    listed, before, bits = None, None, None
+    if group_bits is not None:
+        listed, before = group_tiles(call.key_labels, tile, group_bits)
+        bits = numbers(group_bits, q.device)
     values = v if v is not None else k
     rows = queries * (call.group if pack else 1)
     grid = (triton.cdiv(rows, sizes["BM"]), batch * (k.shape[1] if pack else heads), parts)
@@ -199,10 +201,10 @@ def portable(call: FusedCall, splits: int = 1, group_bits: Tensor | None = None)
     forward[grid](
         q, k, values, out, found["lse"], *(name(n, found["lse"]) for n in ("entropy", "mass", "segment_entropy", "distance", "distance_sq", "top_value", "top_index")),
         given(call.positions, torch.int32), given(call.key_valid, torch.uint8), given(call.key_labels if labelled else None, torch.int32),
-        given(call.query_labels, torch.int32), given(bits), given(group_bits), table,
+        given(call.query_labels, torch.int32), given(listed), given(before), given(bits), table,
         given(call.key_bias, torch.float32), given(call.sinks, torch.float32),
         *q.stride()[:3], *k.stride()[:3], *values.stride()[:3], *out.stride()[:4],
-        step(call.key_labels), step(call.query_labels), step(bits), table.stride(0), table.stride(1), step(call.key_bias),
+        step(call.key_labels), step(call.query_labels), 0 if call.key_labels is None or call.key_labels.shape[0] == 1 else groups, table.stride(0), table.stride(1), step(call.key_bias),
         heads, queries, keys, call.query_offset, left or 0, right or 0,
         call.scale if call.softcap is not None else call.scale * LOG2E, call.softcap or 1.0, stretch, groups, slots,
         group=call.group, PACK=pack, POSITIONS=call.positions is not None, HAS_RIGHT=right is not None,

@@ -70,7 +70,7 @@ def visible(column, position, K, valid, left, right, RIGHT: tl.constexpr, LEFT: 
 
 @triton.jit(do_not_specialize=VARYING)
 def forward(Q, K, V, OUT, LSE, ENTROPY, MASS, INNER, DISTANCE, DISTANCE_SQ, TOP, TOP_INDEX,
-            POSITION, VALID, LABELS, QUERY_LABELS, TILE_BITS, GROUP_BITS, BIAS, KEY_BIAS, SINKS,
+            POSITION, VALID, LABELS, QUERY_LABELS, TILE_LIST, TILES_BEFORE, GROUP_BITS, BIAS, KEY_BIAS, SINKS,
             sq_b, sq_h, sq_q, sk_b, sk_h, sk_k, sv_b, sv_h, sv_k, so_s, so_b, so_h, so_q,
             label_stride, query_label_stride, tile_stride, bias_stride_h, bias_stride_q, key_bias_stride,
             heads, queries, keys, offset, left, right, scale, cap, stretch, groups, G,
@@ -132,6 +132,10 @@ def forward(Q, K, V, OUT, LSE, ENTROPY, MASS, INNER, DISTANCE, DISTANCE_SQ, TOP,
     full_high = tl.maximum(full_high, full_low) if HAS_LEFT else tl.maximum(full_high, low)
     if HAS_GROUPS:
         wanted = tl.load(GROUP_BITS + split % groups)
+        tiles = tl.cdiv(keys, BN)
+        of = (batch * tile_stride).to(tl.int32) + split % groups
+        tile_list = TILE_LIST + of * tiles
+        tiles_before = TILES_BEFORE + of * (tiles + 1)
     if HAS_BIAS:
         query_label = tl.load(QUERY_LABELS + batch * query_label_stride + query)
         row_bias = lookup_bias(BIAS, head, query_label, G, GP, bias_stride_h, bias_stride_q)
@@ -148,67 +152,69 @@ def forward(Q, K, V, OUT, LSE, ENTROPY, MASS, INNER, DISTANCE, DISTANCE_SQ, TOP,
     for phase in tl.static_range(0 if HAS_LEFT else 1, 3):
         begin = low if phase == 0 else (full_low if phase == 1 else full_high)
         end = tl.minimum(full_low, high) if phase == 0 else (full_high if phase == 1 else high)
-        for first in range(begin, end, BN):
+        if HAS_GROUPS:
+            # The tiles that hold keys of the group, by their numbers: a branch in the loop would be slower, and
+            # Triton 3.6 reads past shared memory with one.
+            begin = tl.load(tiles_before + tl.minimum(tl.cdiv(begin, BN), tiles))
+            end = tl.load(tiles_before + tl.maximum(tl.minimum(tl.cdiv(end, BN), tiles), 0))
+        for number in range(begin, end, 1 if HAS_GROUPS else BN):
+            first = tl.load(tile_list + number) * BN if HAS_GROUPS else number
             column = first + tl.arange(0, BN)
             inside = column < keys
-            busy = True
-            if HAS_GROUPS:
-                busy = (tl.load(TILE_BITS + batch * tile_stride + first // BN) & wanted) != 0
-            if busy:
-                k = tl.load(k_at + column.to(tl.int64)[:, None] * sk_k + dim[None, :],
-                            mask=inside[:, None] & (dim < D)[None, :], other=0.0)  # fmt: skip
-                s = raw_scores(q, k, scale, cap, SOFTCAP, EXACT)
-                if HAS_LABELS:
-                    label = tl.load(LABELS + batch * label_stride + column, mask=inside, other=-1).to(tl.int32)
-                    onehot = (label[:, None] == tl.arange(0, GP)[None, :]).to(tl.float32).to(kind)
-                if HAS_BIAS:
-                    s = split_dot(row_bias, tl.trans(onehot), s, EXACT)
-                    s = tl.where(s < OUT_OF_REACH / 2, NEG, s)
-                if HAS_KEY_BIAS:
-                    step = tl.load(
-                        KEY_BIAS + head[:, None] * key_bias_stride + column[None, :], mask=inside[None, :], other=0.0
-                    )
-                    s = tl.maximum(s + step * LOG2E, NEG)
-                if phase != 1:
-                    valid = inside
-                    if HAS_VALID:
-                        valid = tl.load(VALID + batch * keys + column, mask=inside, other=0) != 0
-                    if HAS_GROUPS:
-                        valid = valid & (((wanted >> tl.where(label < 0, 32, label).to(tl.int64)) & 1) != 0)
-                    seen = visible(
-                        column, position, keys, valid, left, right, HAS_RIGHT, HAS_LEFT, HAS_VALID or HAS_GROUPS
-                    )
-                    s = tl.where(seen, s, NEG)
-                if W_TOP:
-                    top, spot = tl.max(s, 1, return_indices=True)
-                    best = tl.where(top > m, spot + first, best)
+            k = tl.load(k_at + column.to(tl.int64)[:, None] * sk_k + dim[None, :],
+                        mask=inside[:, None] & (dim < D)[None, :], other=0.0)  # fmt: skip
+            s = raw_scores(q, k, scale, cap, SOFTCAP, EXACT)
+            if HAS_LABELS:
+                label = tl.load(LABELS + batch * label_stride + column, mask=inside, other=-1).to(tl.int32)
+                onehot = (label[:, None] == tl.arange(0, GP)[None, :]).to(tl.float32).to(kind)
+            if HAS_BIAS:
+                s = split_dot(row_bias, tl.trans(onehot), s, EXACT)
+                s = tl.where(s < OUT_OF_REACH / 2, NEG, s)
+            if HAS_KEY_BIAS:
+                step = tl.load(
+                    KEY_BIAS + head[:, None] * key_bias_stride + column[None, :], mask=inside[None, :], other=0.0
+                )
+                s = tl.maximum(s + step * LOG2E, NEG)
+            if phase != 1:
+                valid = inside
+                if HAS_VALID:
+                    valid = tl.load(VALID + batch * keys + column, mask=inside, other=0) != 0
+                if HAS_GROUPS:
+                    valid = valid & (((wanted >> tl.where(label < 0, 32, label).to(tl.int64)) & 1) != 0)
+                seen = visible(
+                    column, position, keys, valid, left, right, HAS_RIGHT, HAS_LEFT, HAS_VALID or HAS_GROUPS
+                )
+                s = tl.where(seen, s, NEG)
+            if W_TOP:
+                top, spot = tl.max(s, 1, return_indices=True)
+                best = tl.where(top > m, spot + first, best)
+            else:
+                top = tl.max(s, 1)
+            new = tl.maximum(m, top)
+            alpha = tl.exp2(m - new)
+            x = s - new[:, None]
+            p = tl.exp2(x)
+            if W_ENTROPY:
+                t = alpha * (t + (m - new) * l) + tl.sum(p * x, 1)
+            l = alpha * l + tl.sum(p, 1)
+            if W_INNER:
+                inner = alpha[:, None] * (inner + (m - new)[:, None] * mass)
+                inner = split_dot(p * tl.maximum(x, -1e4), onehot, inner, EXACT)
+            if W_MASS:
+                mass = split_dot(p, onehot, mass * alpha[:, None], EXACT)
+            if W_DISTANCE:
+                gap = tl.abs(position[:, None] - column[None, :]).to(tl.float32)
+                far = alpha * far + tl.sum(p * gap, 1)
+                far_sq = alpha * far_sq + tl.sum(p * gap * gap, 1)
+            if W_OUT:
+                v = tl.load(v_at + column.to(tl.int64)[:, None] * sv_k + vdim[None, :],
+                            mask=inside[:, None] & (vdim < DV)[None, :], other=0.0)  # fmt: skip
+                o = o * alpha[:, None]
+                if EXACT:
+                    o = tl.dot(p, v, o, input_precision="tf32x3")
                 else:
-                    top = tl.max(s, 1)
-                new = tl.maximum(m, top)
-                alpha = tl.exp2(m - new)
-                x = s - new[:, None]
-                p = tl.exp2(x)
-                if W_ENTROPY:
-                    t = alpha * (t + (m - new) * l) + tl.sum(p * x, 1)
-                l = alpha * l + tl.sum(p, 1)
-                if W_INNER:
-                    inner = alpha[:, None] * (inner + (m - new)[:, None] * mass)
-                    inner = split_dot(p * tl.maximum(x, -1e4), onehot, inner, EXACT)
-                if W_MASS:
-                    mass = split_dot(p, onehot, mass * alpha[:, None], EXACT)
-                if W_DISTANCE:
-                    gap = tl.abs(position[:, None] - column[None, :]).to(tl.float32)
-                    far = alpha * far + tl.sum(p * gap, 1)
-                    far_sq = alpha * far_sq + tl.sum(p * gap * gap, 1)
-                if W_OUT:
-                    v = tl.load(v_at + column.to(tl.int64)[:, None] * sv_k + vdim[None, :],
-                                mask=inside[:, None] & (vdim < DV)[None, :], other=0.0)  # fmt: skip
-                    o = o * alpha[:, None]
-                    if EXACT:
-                        o = tl.dot(p, v, o, input_precision="tf32x3")
-                    else:
-                        o = tl.dot(p.to(V.dtype.element_ty), v, o)
-                m = new
+                    o = tl.dot(p.to(V.dtype.element_ty), v, o)
+            m = new
 
     norm = tl.where(l > 0, 1.0 / tl.where(l > 0, l, 1.0), 0.0)
     log = tl.where(l > 0, m + tl.log2(tl.where(l > 0, l, 1.0)), float("-inf"))

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 T = TypeVar("T")
+SEGMENTS = 32
 MANY = 1 << 8
 """Set in a run's label when the label occurs in more than one run: its mass is then merged, not stored."""
 
@@ -69,16 +70,19 @@ def _table(labels: Tensor, segments: int, tile: int) -> Runs:
     return Runs(table.int().contiguous(), number[:, ends].int().contiguous(), slots)
 
 
-def tile_bits(labels: Int[Tensor, "batch key"], tile: int, none: int) -> Int[Tensor, "batch tile"]:
-    """The labels that occur in each key tile, as bits; bit `none` stands for keys without a label."""
-    return once(labels, "bits", _bits, tile, none)
+def group_tiles(labels: Int[Tensor, "batch key"], tile: int, groups: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """For every sample and group (labels as bits; bit SEGMENTS: no label), the key tiles that hold keys of it, and how
+    many such tiles come before each tile: [batch, group, tile] and [batch, group, tile + 1]."""
+    return once(labels, "tiles", _group_tiles, tile, *groups)
 
 
-def _bits(labels: Tensor, tile: int, none: int) -> Tensor:
+def _group_tiles(labels: Tensor, tile: int, *groups: int) -> tuple[Tensor, Tensor]:
     batch, keys = labels.shape
-    place = torch.where(labels < 0, none, labels.long())
     tiles = -(-keys // tile)
-    seen = torch.zeros(batch, tiles, none + 1, dtype=torch.bool, device=labels.device)
-    number = torch.arange(keys, device=labels.device) // tile
-    seen[torch.arange(batch, device=labels.device)[:, None], number[None].expand(batch, -1), place] = True
-    return (seen.long() << torch.arange(none + 1, device=labels.device)).sum(-1)
+    place = torch.where(labels < 0, SEGMENTS, labels.long())
+    groups_of = torch.tensor(groups, device=labels.device)[None, :, None]
+    member = ((groups_of >> place[:, None]) & 1).bool()
+    member = torch.nn.functional.pad(member, (0, tiles * tile - keys))
+    busy = member.unflatten(-1, (tiles, tile)).any(-1).int()
+    before = torch.nn.functional.pad(busy.cumsum(-1), (1, 0)).int().contiguous()
+    return busy.argsort(dim=-1, descending=True, stable=True).int().contiguous(), before

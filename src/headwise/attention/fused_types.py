@@ -9,8 +9,9 @@ import triton
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from headwise.attention.fused_runs import SEGMENTS
+
 WANTS = frozenset({"mass", "entropy", "segment_entropy", "distance", "top"})
-SEGMENTS = 32
 
 
 @dataclass
