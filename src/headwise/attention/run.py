@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from headwise.attention.call import AttentionCall, Labels
 from headwise.attention.edits import Edit, Rebase
 from headwise.attention.engine import Part, Result
+from headwise.attention.memory import give_back
 from headwise.attention.readings import Reading, sample_queries
 from headwise.attention.rope import find_rotary
 from headwise.attention.seam import Frame, Session, joined
@@ -196,6 +197,8 @@ class Run:
         start = self.tally.start(site.name, asked.number, call.batch, continued=asked.frame.past > 0)
         for part, read in zip(asked.parts, values, strict=True):
             self.tally.add(part, site, asked.number, start, call, read)
+        if asked.parts and call.q.device.type == "cpu":
+            give_back(call.queries * call.keys)
 
     def check(self) -> None:
         """On leaving: an edit took effect or raises, a reading that missed layers says so."""

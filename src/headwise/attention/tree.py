@@ -7,7 +7,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import xarray as xr
 
-from headwise.attention.readings import At, HeadOutput, Inputs, Propagate, Reading, Received, Scores
+from headwise.attention.readings import (
+    At,
+    HeadOutput,
+    Inputs,
+    Mass,
+    Propagate,
+    Reading,
+    Received,
+    Scores,
+    SegmentEntropy,
+)
 from headwise.models.anatomy import Site
 
 if TYPE_CHECKING:
@@ -76,8 +86,12 @@ def by_query(key: Key, chunks: list[Chunk], extra: list[Any] | None) -> xr.DataA
             np.array([heads.index(h) for h in c.heads]),
             np.searchsorted(places, c.places),
         )
-        values = c.values.reshape(len(c.values), 1, *c.values.shape[1:])
-        ends = tuple(slice(0, n) for n in c.values.shape[3:])
+        given = c.values
+        if isinstance(reading, (Mass, SegmentEntropy)):
+            # A segment no key had yet (tokens generated later) got no attention.
+            given = np.pad(given, [(0, 0)] * (given.ndim - 1) + [(0, tail[-1] - given.shape[-1])])
+        values = given.reshape(len(given), 1, *given.shape[1:])
+        ends = tuple(slice(0, n) for n in given.shape[3:])
         for sample in range(len(values)):
             array[(c.number, c.start + sample)][(*index, *ends)] = values[sample]
     coords: dict[str, Any] = {"layer": layers, "head": heads, dims[0]: places}
