@@ -99,8 +99,6 @@ def agree_folded(run: object, calls: list[Call], batch: Batch) -> None:
         for name in ("entropy", "top_value", "distance", "mass", "place"):
             rows = call_of(run, site.stream, site.layer, name, 0)[:samples, :heads, start : start + queries]
             got, wanted = torch.as_tensor(rows).double().transpose(1, 2), truth[name].transpose(1, 2)
-            if name == "place":
-                got = got.nan_to_num(0.0)  # at the first step of a decoder there is no "rest" yet
             if valid is not None:
                 got, wanted = got[valid], wanted[valid]
             scale = max(1.0, wanted.abs().max().item())
