@@ -142,7 +142,8 @@ def accuracy(shape, length, sampled=64):
         a = s.softmax(-1)
         wanted = {"out": a @ v[0, kv].double(), "mass": a @ onehot, "entropy": torch.special.entr(a).sum(-1)}
         for name, x, y in (
-            ("fused", found.out, "out"), ("cudnn", cudnn, "out"), ("mass", found.mass, "mass"), ("entropy", found.entropy, "entropy"),
+            ("fused", found.out, "out"), ("cudnn", cudnn, "out"), ("mass", found.mass, "mass"),
+            ("entropy", found.entropy, "entropy"),
         ):  # fmt: skip
             errors[name][0] += float((x[0, head, rows].double() - wanted[y]).square().sum())
             errors[name][1] += float(wanted[y].square().sum())

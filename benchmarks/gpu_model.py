@@ -1,4 +1,4 @@
-"""A whole model of Llama-3.1-8B's shape with random weights: prefill plain against scanned, decode plain against steered."""
+"""A model of Llama-3.1-8B's shape, random weights: prefill plain against scanned, decode plain against steered."""
 
 import time
 from contextlib import nullcontext
@@ -112,7 +112,8 @@ def eager(tokens):
     ids = torch.zeros(1, tokens, dtype=torch.long, device="cuda")
     try:
         model(ids, output_attentions=True, use_cache=False, logits_to_keep=1)
-        return {"case": "prefill: eager, weights returned", "tokens": tokens, "peak_gib": torch.cuda.max_memory_allocated() / 2**30}
+        peak = torch.cuda.max_memory_allocated() / 2**30
+        return {"case": "prefill: eager, weights returned", "tokens": tokens, "peak_gib": peak}
     except torch.OutOfMemoryError as error:
         return {"case": "prefill: eager, weights returned", "tokens": tokens, "failed": str(error).split(". ")[0]}
 

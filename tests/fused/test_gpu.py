@@ -33,7 +33,8 @@ def test_hopper(dim, bias, sinks, want, data):
     keys = data.draw(st.integers(130, 1200))
     queries = data.draw(st.integers(100, 700))
     call = make(
-        data.draw(st.integers(0, 99)), batch=data.draw(st.integers(1, 2)), heads=4, kv_heads=data.draw(st.sampled_from([1, 2, 4])),
+        data.draw(st.integers(0, 99)), batch=data.draw(st.integers(1, 2)), heads=4,
+        kv_heads=data.draw(st.sampled_from([1, 2, 4])),
         queries=queries, keys=keys, dim=dim, dtype=torch.bfloat16, device="cuda", causal=data.draw(st.booleans()),
         offset=data.draw(st.sampled_from([0, keys - queries])), sinks=sinks, bias=bias, segments=7,
         layout=data.draw(st.sampled_from(["runs", "short"])), want=want,
@@ -50,7 +51,8 @@ def test_portable(dtype, dim, value_dim, data):
 
     queries, keys = data.draw(st.sampled_from([1, 17, 300])), data.draw(st.integers(12, 900))
     call = make(
-        data.draw(st.integers(0, 99)), batch=data.draw(st.integers(1, 2)), heads=6, kv_heads=data.draw(st.sampled_from([2, 6])),
+        data.draw(st.integers(0, 99)), batch=data.draw(st.integers(1, 2)), heads=6,
+        kv_heads=data.draw(st.sampled_from([2, 6])),
         queries=queries, keys=keys, dim=dim, value_dim=value_dim, dtype=dtype, device="cuda", causal=True,
         offset=data.draw(st.sampled_from([0, keys - queries])), padding=dtype != torch.float32,
         softcap=20.0 if dtype == torch.float16 else None, window=(50, None) if dim == 80 else None,

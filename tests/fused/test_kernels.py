@@ -79,7 +79,7 @@ def test_what_is_refused():
     from headwise.errors import HeadwiseError
 
     q = torch.zeros(1, 1, 2, 16, device=DEVICE)
-    with pytest.raises(HeadwiseError, match="torch.float64"):
+    with pytest.raises(HeadwiseError, match=r"torch\.float64"):
         fused_attention(q.double(), q.double(), q.double(), scale=1.0)
     with pytest.raises(HeadwiseError, match="key_labels"):
         fused_attention(q, q, q, scale=1.0, want=frozenset({"mass"}))

@@ -68,7 +68,8 @@ def run(call: FusedCall) -> FusedResult:
 
         if hopper_fits(call):
             return hopper(call)
-    shape = call.q.shape[:3]
+    batch, heads, queries = call.q.shape[:3]
+    shape = (batch, heads, queries)
     splits = split_count(call)
     found = portable(call, splits)
     if splits > 1:
@@ -90,7 +91,8 @@ def reweight(
     for segment, group in enumerate(groups):
         bits[group] |= 1 << segment
     bits[count] |= 1 << SEGMENTS
-    shape = call.q.shape[:3]
+    batch, heads, queries = call.q.shape[:3]
+    shape = (batch, heads, queries)
     splits = split_count(call)
     found = portable(call, splits, tuple(bits))
     each = merge(found, shape, splits, count + 1, torch.float32) if splits > 1 else found
@@ -189,7 +191,7 @@ def portable(call: FusedCall, splits: int = 1, group_bits: tuple[int, ...] | Non
 
     labelled = call.labelled or group_bits is not None
     listed, before, bits = None, None, None
-    if group_bits is not None:
+    if group_bits is not None and call.key_labels is not None:
         listed, before = group_tiles(call.key_labels, tile, group_bits)
         bits = numbers(group_bits, q.device)
     values = v if v is not None else k
@@ -197,14 +199,17 @@ def portable(call: FusedCall, splits: int = 1, group_bits: tuple[int, ...] | Non
     grid = (triton.cdiv(rows, sizes["BM"]), batch * (k.shape[1] if pack else heads), parts)
     out = found.get("out", found["lse"][..., None])
     table = given(call.bias_table, torch.float32) * LOG2E if call.bias_table is not None else found["lse"]
-    name = found.get
+    first, *others = ("lse", "entropy", "mass", "segment_entropy", "distance", "distance_sq", "top_value", "top_index")
+    shared = call.key_labels is None or call.key_labels.shape[0] == 1
     forward[grid](
-        q, k, values, out, found["lse"], *(name(n, found["lse"]) for n in ("entropy", "mass", "segment_entropy", "distance", "distance_sq", "top_value", "top_index")),
-        given(call.positions, torch.int32), given(call.key_valid, torch.uint8), given(call.key_labels if labelled else None, torch.int32),
+        q, k, values, out, found[first], *(found.get(name, found[first]) for name in others),
+        given(call.positions, torch.int32), given(call.key_valid, torch.uint8),
+        given(call.key_labels if labelled else None, torch.int32),
         given(call.query_labels, torch.int32), given(listed), given(before), given(bits), table,
         given(call.key_bias, torch.float32), given(call.sinks, torch.float32),
         *q.stride()[:3], *k.stride()[:3], *values.stride()[:3], *out.stride()[:4],
-        step(call.key_labels), step(call.query_labels), 0 if call.key_labels is None or call.key_labels.shape[0] == 1 else groups, table.stride(0), table.stride(1), step(call.key_bias),
+        step(call.key_labels), step(call.query_labels), 0 if shared else groups, table.stride(0), table.stride(1),
+        step(call.key_bias),
         heads, queries, keys, call.query_offset, left or 0, right or 0,
         call.scale if call.softcap is not None else call.scale * LOG2E, call.softcap or 1.0, stretch, groups, slots,
         group=call.group, PACK=pack, POSITIONS=call.positions is not None, HAS_RIGHT=right is not None,

@@ -27,6 +27,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 NEG = gl.constexpr(-1e30)
 START = gl.constexpr(-1e20)
 LN2 = gl.constexpr(0.6931471805599453)
+VARYING = ("heads", "group", "Q", "K", "offset", "run_stride", "tile_stride", "bias_b", "bias_h", "bias_q")
 
 
 @gluon.jit
@@ -262,7 +263,8 @@ def consumer(W: gl.constexpr, mem, tensors, numbers, place,
             o = o * gl.convert_layout(alpha, O_ROW)[:, None]
             l, t, lr, tr, run, start, label, b, next_start, next_label, next_b = count(
                 p, x, l, t, lr, tr, dm, gl.convert_layout(alpha, PART)[:, None], m, run, start, label, b,
-                next_start, next_label, next_b, first, runs, mass, inner, row_bias, valid, MASS, INNER, ENTROPY, BIAS, ROWS, BN, LAYOUT)  # fmt: skip
+                next_start, next_label, next_b, first, runs, mass, inner, row_bias, valid,
+                MASS, INNER, ENTROPY, BIAS, ROWS, BN, LAYOUT)  # fmt: skip
             pb = gl.convert_layout(p.to(dtype), P_LAYOUT)
     final = (tiles - 1) % STAGES
     mbarrier.wait(v_ready.index(final), ((tiles - 1) // STAGES) & 1)
@@ -318,9 +320,7 @@ def producer(descs, mem, batch, head, kv_head, q_tile, tiles, last,
         tma.async_copy_global_to_shared(v_desc, where, v_ready.index(stage), v_smem.index(stage))
 
 
-@gluon.jit(
-    do_not_specialize=("heads", "group", "Q", "K", "offset", "run_stride", "tile_stride", "bias_b", "bias_h", "bias_q")
-)
+@gluon.jit(do_not_specialize=VARYING)
 def hopper_forward(q_desc, k_desc, v_desc, out, lse, entropy, mass, inner, runs, run_of_tile, bias, query_labels, sinks,
                    so_b, so_h, so_q, heads, group, Q, K, offset, scale, run_stride, tile_stride, bias_b, bias_h, bias_q,
                    G: gl.constexpr, CAUSAL: gl.constexpr, MASS: gl.constexpr, INNER: gl.constexpr,

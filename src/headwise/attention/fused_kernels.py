@@ -16,8 +16,8 @@ NEG = tl.constexpr(-1e30)
 START = tl.constexpr(-1e20)
 OUT_OF_REACH = tl.constexpr(-6e4)
 # Numbers that change from call to call (a cache grows by one key a token): no new code for each kind of them.
-VARYING = ("label_stride", "query_label_stride", "tile_stride", "bias_stride_h", "bias_stride_q", "key_bias_stride", "heads", "queries",
-           "keys", "offset", "left", "right", "stretch", "groups", "G")  # fmt: skip
+VARYING = ("label_stride", "query_label_stride", "tile_stride", "bias_stride_h", "bias_stride_q", "key_bias_stride",
+           "heads", "queries", "keys", "offset", "left", "right", "stretch", "groups", "G")  # fmt: skip
 LN2 = tl.constexpr(0.6931471805599453)
 LOG2E = tl.constexpr(1.4426950408889634)
 

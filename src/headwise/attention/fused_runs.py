@@ -77,7 +77,7 @@ def group_tiles(labels: Int[Tensor, "batch key"], tile: int, groups: tuple[int, 
 
 
 def _group_tiles(labels: Tensor, tile: int, *groups: int) -> tuple[Tensor, Tensor]:
-    batch, keys = labels.shape
+    keys = labels.shape[1]
     tiles = -(-keys // tile)
     place = torch.where(labels < 0, SEGMENTS, labels.long())
     groups_of = torch.tensor(groups, device=labels.device)[None, :, None]
