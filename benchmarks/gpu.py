@@ -1,6 +1,6 @@
 """Benchmark on one GPU: kernels, then a whole model. One command, JSON out, a table at the end.
 
-    PYTHONPATH=src python benchmarks/gpu.py --out benchmarks/results/gpu.json
+PYTHONPATH=src python benchmarks/gpu.py --out benchmarks/results/gpu.json
 """
 
 import argparse

@@ -26,7 +26,7 @@ def hopper_fits(call: FusedCall) -> bool:
         return False
     if any(x.stride(-1) != 1 or x.data_ptr() % 16 or any(s % 8 for s in x.stride()[:-1]) for x in (q, k, v)):
         return False
-    if not call.labelled:
+    if not call.labelled or call.key_labels is None:
         return True
     runs = runs_of(call.key_labels, call.segments, BLOCK_K)
     return runs.count <= 64 + call.k.shape[2] // BLOCK_K
@@ -39,7 +39,7 @@ def hopper(call: FusedCall) -> FusedResult:
     kv_heads, keys = k.shape[1:3]
     entropy, inner = "entropy" in call.want, "segment_entropy" in call.want
     labelled = call.labelled
-    runs = runs_of(call.key_labels, call.segments, BLOCK_K) if labelled else None
+    runs = runs_of(call.key_labels, call.segments, BLOCK_K) if labelled and call.key_labels is not None else None
     slots = runs.slots if runs is not None else 1
     out = torch.empty((batch, queries, heads, dim), dtype=q.dtype, device=q.device).transpose(1, 2)
     lse = torch.empty((batch, heads, queries), dtype=torch.float32, device=q.device)
@@ -47,7 +47,7 @@ def hopper(call: FusedCall) -> FusedResult:
     mass = lse.new_full((batch, heads, queries, slots), float("-inf")) if labelled else lse
     within = torch.zeros_like(mass) if inner else lse
     bias, query_labels = lse, lse
-    if call.bias_table is not None:
+    if call.bias_table is not None and call.query_labels is not None and runs is not None:
         table = torch.nn.functional.pad(call.bias_table.float() * LOG2E, (0, slots - call.segments)).clamp(min=-1e30)
         label = runs.table[..., 1].long() & 255
         bias = table[:, :, label].movedim(2, 0).contiguous()
@@ -60,10 +60,10 @@ def hopper(call: FusedCall) -> FusedResult:
 
     hopper_forward[(batch * heads * -(-queries // BLOCK_Q),)](
         described(q, BLOCK_Q // 2), described(k, BLOCK_K), described(v, BLOCK_K), out, lse, nats, mass, within,
-        runs.table if labelled else lse, runs.of_tile if labelled else lse, bias, query_labels,
+        lse if runs is None else runs.table, lse if runs is None else runs.of_tile, bias, query_labels,
         call.sinks.float() if call.sinks is not None else lse,
         *out.stride()[:3], heads, heads // kv_heads, queries, keys, call.query_offset, call.scale * LOG2E,
-        *(spread(runs.table), spread(runs.of_tile)) if labelled else (0, 0), spread(bias), *bias.stride()[1:3],
+        *(spread(runs.table), spread(runs.of_tile)) if runs is not None else (0, 0), spread(bias), *bias.stride()[1:3],
         G=slots, CAUSAL=call.causal, MASS=labelled, INNER=inner, ENTROPY=entropy, BIAS=call.bias_table is not None,
         SINKS=call.sinks is not None, BM=BLOCK_Q, BN=BLOCK_K, D=dim, STAGES=STAGES, num_warps=4,
     )  # fmt: skip

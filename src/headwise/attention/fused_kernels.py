@@ -181,9 +181,7 @@ def forward(Q, K, V, OUT, LSE, ENTROPY, MASS, INNER, DISTANCE, DISTANCE_SQ, TOP,
                     valid = tl.load(VALID + batch * keys + column, mask=inside, other=0) != 0
                 if HAS_GROUPS:
                     valid = valid & (((wanted >> tl.where(label < 0, 32, label).to(tl.int64)) & 1) != 0)
-                seen = visible(
-                    column, position, keys, valid, left, right, HAS_RIGHT, HAS_LEFT, HAS_VALID or HAS_GROUPS
-                )
+                seen = visible(column, position, keys, valid, left, right, HAS_RIGHT, HAS_LEFT, HAS_VALID or HAS_GROUPS)
                 s = tl.where(seen, s, NEG)
             if W_TOP:
                 top, spot = tl.max(s, 1, return_indices=True)
