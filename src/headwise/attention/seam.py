@@ -11,6 +11,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 NAME = "headwise"
 """The registered name: none of transformers' own substrings (sdpa, flash, flex_attention) may be in it."""
 
+ENTERED = ("scaled_dot_product_attention", "multi_head_attention_forward", "dispatch_attention_fn")
+"""What a function mode sees, or leads to it."""
 _sessions: WeakKeyDictionary[nn.Module, Session] = WeakKeyDictionary()
 """Every module of an attached model -> its session."""
 _originals: dict[int, str] = {}
@@ -186,31 +189,26 @@ class Session:
 
 def entrance(module: nn.Module) -> str:
     """How an attention module can be entered, judged by its source: "registry", "function-mode" or "none: why"."""
-    if isinstance(module, nn.MultiheadAttention):
+    processor = getattr(module, "processor", None)
+    return _entrance(type(module), None if processor is None else type(processor))
+
+
+@cache
+def _entrance(kind: type, processor: type | None) -> str:
+    if issubclass(kind, nn.MultiheadAttention):
         return "function-mode"
-    texts = []
-    for cls in type(module).__mro__:
-        if cls is nn.Module:
-            break
+    texts, classes = [], list(kind.__mro__[: kind.__mro__.index(nn.Module)])
+    for cls in classes if processor is None else [*classes, processor]:
         try:
             texts.append(inspect.getsource(cls))
         except (OSError, TypeError):
             continue
-    processor = getattr(module, "processor", None)
-    if processor is not None:
-        texts.append(inspect.getsource(type(processor)))
     text = "\n".join(texts)
     if ".get_interface(" in text or "ALL_ATTENTION_FUNCTIONS[" in text:
         return "registry"
-    if (
-        "scaled_dot_product_attention" in text
-        or "multi_head_attention_forward" in text
-        or "dispatch_attention_fn" in text
-    ):
+    if not text or any(name in text for name in ENTERED):
         return "function-mode"
-    if not text:
-        return "function-mode"
-    return f"none: {type(module).__name__} multiplies its attention out by hand"
+    return f"none: {kind.__name__} multiplies its attention out by hand"
 
 
 def past_length(kwargs: dict) -> int:
