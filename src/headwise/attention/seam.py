@@ -190,7 +190,7 @@ class Session:
 def entrance(module: nn.Module) -> str:
     """How an attention module can be entered, judged by its source: "registry", "function-mode" or "none: why"."""
     processor = getattr(module, "processor", None)
-    return _entrance(type(module), None if processor is None else type(processor))
+    return _entrance(type(module), None if processor is None else type(processor))  # type: ignore[arg-type]
 
 
 @cache
