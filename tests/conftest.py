@@ -1,9 +1,14 @@
 """The markers of the tests. Plain `pytest` leaves out `slow` and `gpu`; `make test-all` runs all this machine can."""
 
+import os
 import shutil
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    # Read when Triton is first imported, by whatever test that happens to be: its kernels then run on the CPU.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 MARKERS = {
     "slow": "takes more than half a minute, or measures time: run by `make test-all`, not by `make test`",

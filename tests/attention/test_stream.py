@@ -1,6 +1,7 @@
 """The streaming path equals the dense reference, for every reading and edit."""
 
 import math
+import os
 from unittest import mock
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 import headwise.attention.stream as streaming
 from headwise.attention.call import AttentionCall
-from headwise.attention.dense import dense
+from headwise.attention.dense import dense, scores
 from headwise.attention.edits import Reweight, ScoreBias, ScoreMap, Shift
 from headwise.attention.effects import resolve
 from headwise.attention.readings import (
@@ -86,7 +87,7 @@ def close(a: torch.Tensor, b: torch.Tensor, tolerance: float, what: str) -> None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25, deadline=None, derandomize="CI" in os.environ)
 @given(data=st.data())
 def test_stream_equals_dense(dtype: torch.dtype, data: st.DataObject) -> None:
     call = data.draw(calls(dtype))
@@ -96,16 +97,21 @@ def test_stream_equals_dense(dtype: torch.dtype, data: st.DataObject) -> None:
     tile, rows = data.draw(st.sampled_from([(64, 7), (128, 64), (2048, 256)]))
     # The reference in float64, from the same numbers: float32's own rounding is the stream's error alone.
     out, values = dense(effects, wanted, torch.float64 if dtype == torch.float64 else None)
+    # float32 knows a score no better than its rounding, and a weight errs by as much as its score: large scores
+    # (edits make some of 60) are allowed four roundings.
+    s = scores(effects, dtype).s
+    largest = float(s[s.isfinite()].abs().max()) if s.isfinite().any() else 0.0
+    tolerance = max(TOLERANCE[dtype], 4 * torch.finfo(dtype).eps * largest)
     with mock.patch.multiple(streaming, TILE=tile, ROWS=rows):
         streamed, read = stream(effects, wanted)
-    close(streamed, out, TOLERANCE[dtype], "output")
+    close(streamed, out, tolerance, "output")
     for reading in wanted:
         for name, value in values[reading].items():
             if name != "top_index":
-                close(read[reading][name], value, TOLERANCE[dtype], f"{reading}: {name}")
+                close(read[reading][name], value, tolerance, f"{reading}: {name}")
                 continue
             # Equal weights may stand in another order: the weight at the place found must be the one claimed.
             place = (read[reading][name] - call.j0).clamp(min=0)
             weights = values[Map()]["map"].gather(-1, place)
             claimed = read[reading]["top_value"]
-            close(torch.where(read[reading][name] >= 0, weights, 0.0), claimed, TOLERANCE[dtype], "top_index")
+            close(torch.where(read[reading][name] >= 0, weights, 0.0), claimed, tolerance, "top_index")
