@@ -225,7 +225,7 @@ def bias_matrix(effects: Effects) -> Tensor | None:
 
 def uniform(call: AttentionCall) -> Tensor:
     """Equal weights on all keys a query sees: the same call with all scores 0."""
-    mask: Mask = replace(call.mask, added=None, allowed=call.mask.allowed)
+    mask: Mask = replace(call.mask, added=None)
     if call.mask.added is not None:
         seen = call.mask.added > -1e29
         mask.allowed = seen if mask.allowed is None else mask.allowed & seen

@@ -9,7 +9,6 @@ import xarray as xr
 
 from headwise.attention.readings import (
     At,
-    HeadOutput,
     Inputs,
     Mass,
     Propagate,
@@ -58,8 +57,6 @@ def dims_of(reading: Reading, name: str, ndim: int) -> tuple[str, ...]:
         return ("query" if reading.side == "right" else "key", "column")
     if isinstance(reading, Inputs):
         return ("query", "channel") if name.startswith("input_q") else ("key", "channel")
-    if isinstance(reading, HeadOutput):
-        return ("query", *reading.dims)
     return ("query", *reading.dims)
 
 
