@@ -3,6 +3,7 @@
 `scan.heads(opened, texts=[...])` asks all questions that fit; a question is a small class of its own file.
 """
 
+from headwise.scan.catalogue import CORE, QUESTIONS
 from headwise.scan.copying import CopyHeads
 from headwise.scan.distance import Distance
 from headwise.scan.entropy import Entropy
@@ -13,10 +14,11 @@ from headwise.scan.positional import PositionalHeads
 from headwise.scan.question import Column, Prompt, Question
 from headwise.scan.result import Scan
 from headwise.scan.retrieval import RetrievalHeads
-from headwise.scan.run import QUESTIONS, heads, plan
+from headwise.scan.run import heads, plan
 from headwise.scan.sinks import Sinks
 
 __all__ = [
+    "CORE",
     "NEEDLES",
     "QUESTIONS",
     "Column",

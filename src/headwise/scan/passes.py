@@ -117,12 +117,14 @@ def _speed(device: torch.device) -> float:
 
 
 def make_plan(opened: Opened, prompts: Sequence[Prompt], questions: Sequence[Question], queries: Any) -> Plan:
-    """The caller's prompts are read once for all questions about them; a question's own prompts follow."""
+    """The caller's prompts are read once for all questions about them; a question's own prompts follow, and the
+    caller's again for questions that drive the model themselves."""
     own = {number: question.prompts(opened) for number, question in enumerate(questions)}
-    shared = [question for number, question in enumerate(questions) if own[number] is None]
+    shared = [q for number, q in enumerate(questions) if own[number] is None and not q.drives]
     passes = [make_pass(opened, prompt, shared, queries) for prompt in prompts if shared]
     for number, question in enumerate(questions):
-        for prompt in own[number] or ():
+        mine = own[number] or (prompts if question.drives and own[number] is None else ())
+        for prompt in mine:
             if question.drives:
                 passes.append(Pass(prompt, [question]))
             else:

@@ -121,3 +121,8 @@ class Question:
     def score(self, values: xr.Dataset) -> xr.DataArray | Mapping[str, xr.DataArray]:
         """One score per layer and head, or several by column name; `<column>_sem` holds a standard error."""
         raise TypeError(f"{type(self).__name__} must define score(values).")
+
+    def profiles(self, values: xr.Dataset) -> Mapping[str, xr.DataArray]:
+        """Curves and tables beside the scores, by name, with dims of the question's own (and layer, head where they are
+        per head). Kept in `Scan.data`, not in the table of heads; a dim of that name means the same everywhere."""
+        return {}

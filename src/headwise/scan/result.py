@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from functools import cached_property
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import xarray as xr
 
 from headwise.errors import HeadwiseError
 from headwise.files import replacing
+from headwise.patterns import HeadPattern, HeadScore
 from headwise.scan import roles
 from headwise.scan.checkpoint import Found
 from headwise.scan.details import Details, edges, sample_rows
@@ -73,6 +75,25 @@ class Scan:
             error = self.data[f"{question}_sem"]
             table["sem"] = [float(error.sel(stream=r.stream, layer=r.layer, head=r.head)) for r in table.itertuples()]
         return table
+
+    def pattern(self, question: str) -> HeadPattern:
+        """The scores of one column as a head pattern: a small file to share, compare and steer with."""
+        table = self.top(question, len(self.heads))
+        about = self.about
+        column = next(c for c in about["columns"] if c["name"] == question)
+        return HeadPattern(
+            question=question,
+            paper=column["paper"],
+            model=about["model"]["name"],
+            fingerprint=about["model"]["fingerprint"],
+            seed=about["seed"],
+            created=about["created"],
+            versions=about["versions"],
+            heads=tuple(
+                HeadScore(stream=r.stream, layer=r.layer, head=r.head, score=score)
+                for r, score in zip(table.itertuples(), table[question].astype(float), strict=True)
+            ),
+        )
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """As netCDF (`.nc`) or Zarr (`.zarr`), replaced whole or not at all."""
@@ -137,6 +158,7 @@ def assemble(
     prompts: Sequence[Prompt],
     left_out: dict[str, str],
     lenient: bool,
+    seed: int = 0,
 ) -> Scan:
     """Averages what the passes showed, lets every question score it, and lays everything out by stream, layer and head.
 
@@ -145,16 +167,21 @@ def assemble(
     grid = Grid([(site.stream, site.layer, site.heads) for site in opened.sites])
     columns: list[dict[str, Any]] = []
     names: list[str] = []
+    profiles: dict[str, xr.DataArray] = {}
     for question in questions:
-        parts = _collect(plan, done, question)
+        parts = {stream: pool(seen) for stream, seen in _collect(plan, done, question).items()}
         try:
-            scores = {stream: _score(question, pool(seen)) for stream, seen in parts.items()}
+            scores = {stream: _score(question, seen) for stream, seen in parts.items()}
+            curves = {stream: question.profiles(seen) for stream, seen in parts.items()}
         except HeadwiseError as error:
             if not lenient:
                 raise
             left_out[question.name] = str(error)
             continue
         names.append(question.name)
+        for name in dict.fromkeys(name for found in curves.values() for name in found):
+            arrays = [found[name].expand_dims(stream=[stream]) for stream, found in curves.items() if name in found]
+            profiles[name] = xr.concat(arrays, "stream", join="outer")
         for column in question.columns():
             found = {stream: score[column.name] for stream, score in scores.items() if column.name in score}
             if not found:
@@ -179,16 +206,19 @@ def assemble(
             "fingerprint": opened.fingerprint,
             "parameters": sum(p.numel() for p in opened.model.parameters()),
         },
+        "versions": {package: version(package) for package in ("headwise", "torch", "transformers")},
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "tokens": plan.tokens,
         "passes": len(plan.passes),
         "edges": edges(details.tokens) if details is not None else [],
+        "seed": seed,
         "questions": names,
+        "profiles": list(profiles),
         "columns": columns,
         "left_out": left_out,
         "sample": None,
     }
-    data = grid.dataset()
+    data = xr.merge([grid.dataset(), xr.Dataset(profiles)], join="outer", compat="no_conflicts")
     if prompts and columns:
         about["sample"] = sample_rows(opened, prompts[0], notable(data, [c["name"] for c in columns]))
     data["about"] = json.dumps(about)

@@ -13,37 +13,21 @@ from torch import nn
 
 from headwise.errors import HeadwiseError
 from headwise.models import Opened, Segments, open_model
+from headwise.scan.catalogue import CORE, QUESTIONS
 from headwise.scan.checkpoint import Checkpoint
-from headwise.scan.copying import CopyHeads
 from headwise.scan.details import Details
-from headwise.scan.distance import Distance
-from headwise.scan.entropy import Entropy
-from headwise.scan.induction import InductionHeads
 from headwise.scan.passes import Plan, make_plan
-from headwise.scan.positional import PositionalHeads, separators
+from headwise.scan.positional import separators
 from headwise.scan.progress import Report, reporting
 from headwise.scan.question import Prompt, Question
 from headwise.scan.result import Scan, assemble
-from headwise.scan.retrieval import RetrievalHeads
-from headwise.scan.sinks import Sinks
-
-QUESTIONS: tuple[type[Question], ...] = (
-    Sinks,
-    Entropy,
-    Distance,
-    PositionalHeads,
-    InductionHeads,
-    CopyHeads,
-    RetrievalHeads,
-)
-"""All questions, in the order of the report."""
 
 
 def heads(
     model: Opened | nn.Module | str,
     texts: str | Sequence[str] | None = None,
     inputs: Any = None,
-    questions: Sequence[str | Question] | None = None,
+    questions: Sequence[str | Question] | str | None = None,
     queries: int | str | Sequence[int] = "all",
     segments: Segments | Sequence[Segments] | None = None,
     progress: bool | Report | None = None,
@@ -53,7 +37,8 @@ def heads(
     """One score per question and head.
 
     Give `texts`, or `inputs`: a list of model inputs, pictures or sounds (anything `opened.encode` takes). `questions`
-    are names or instances; None asks all that fit the model and says in `Scan.left_out` why the others don't.
+    are names or instances; None asks the core ones that fit the model, "all" every one there is, and `Scan.left_out`
+    says why others don't fit.
     `queries=256` reads that many random queries of each input instead of all. `segments` names the tokens of each
     input. `progress=True` shows cost and a bar; a function gets (passes done, passes in all, what is next). With
     `checkpoint=` a scan that was stopped goes on where it was.
@@ -64,7 +49,7 @@ def heads(
     opened = model if isinstance(model, Opened) else open_model(model)
     chosen, left_out = choose(opened, questions, seed)
     prompts = make_prompts(opened, texts, inputs, segments)
-    plan, chosen = _plan(opened, prompts, chosen, left_out, queries, lenient=questions is None)
+    plan, chosen = _plan(opened, prompts, chosen, left_out, queries, lenient=unnamed(questions))
     store = Checkpoint(checkpoint, plan, seed)
     with evaluating(opened.model), reporting(progress, plan, len(plan.passes)) as report:
         try:
@@ -77,7 +62,7 @@ def heads(
             report(len(plan.passes), len(plan.passes), "done")
         finally:
             store.write()
-    result = assemble(plan, chosen, store.done, prompts, left_out, lenient=questions is None)
+    result = assemble(plan, chosen, store.done, prompts, left_out, lenient=unnamed(questions), seed=seed)
     store.finish()
     return result
 
@@ -86,7 +71,7 @@ def plan(
     model: Opened | nn.Module | str,
     texts: str | Sequence[str] | None = None,
     inputs: Any = None,
-    questions: Sequence[str | Question] | None = None,
+    questions: Sequence[str | Question] | str | None = None,
     queries: int | str | Sequence[int] = "all",
     segments: Segments | Sequence[Segments] | None = None,
 ) -> Plan:
@@ -95,16 +80,16 @@ def plan(
     opened = model if isinstance(model, Opened) else open_model(model)
     chosen, left_out = choose(opened, questions)
     prompts = make_prompts(opened, texts, inputs, segments)
-    return _plan(opened, prompts, chosen, left_out, queries, lenient=questions is None)[0]
+    return _plan(opened, prompts, chosen, left_out, queries, lenient=unnamed(questions))[0]
 
 
 def choose(
-    opened: Opened, questions: Sequence[str | Question] | None, seed: int = 0
+    opened: Opened, questions: Sequence[str | Question] | str | None, seed: int = 0
 ) -> tuple[list[Question], dict[str, str]]:
-    """The questions asked for, or all that fit, and why the others don't."""
+    """The questions asked for, or all of a kind that fit, and why the others don't."""
     known = {kind().name: kind for kind in QUESTIONS}
-    if questions is None:
-        fitting = [default(kind, seed) for kind in QUESTIONS]
+    if unnamed(questions):
+        fitting = [default(kind, seed) for kind in (CORE if questions is None else QUESTIONS)]
         reasons = {q.name: q.lacks(opened) for q in fitting}
         return [q for q in fitting if reasons[q.name] is None], {
             name: f"needs {reason}" for name, reason in reasons.items() if reason is not None
@@ -127,6 +112,11 @@ def choose(
     if not chosen or len(set(names)) != len(names):
         raise HeadwiseError(f"questions: wanted one or more different questions; got {names}.")
     return chosen, {}
+
+
+def unnamed(questions: Sequence[str | Question] | str | None) -> bool:
+    """Whether nobody asked for a question by name: what does not fit the model may then be left out."""
+    return questions is None or questions == "all"
 
 
 def default(kind: type[Question], seed: int) -> Question:

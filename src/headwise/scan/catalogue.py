@@ -1,0 +1,25 @@
+"""All questions there are. `CORE` are asked when none are named; `MORE` by name, or with `questions="all"`."""
+
+from __future__ import annotations
+
+from headwise.scan.copying import CopyHeads
+from headwise.scan.distance import Distance
+from headwise.scan.entropy import Entropy
+from headwise.scan.induction import InductionHeads
+from headwise.scan.positional import PositionalHeads
+from headwise.scan.question import Question
+from headwise.scan.retrieval import RetrievalHeads
+from headwise.scan.sinks import Sinks
+
+CORE: tuple[type[Question], ...] = (
+    Sinks,
+    Entropy,
+    Distance,
+    PositionalHeads,
+    InductionHeads,
+    CopyHeads,
+    RetrievalHeads,
+)
+MORE: tuple[type[Question], ...] = ()
+QUESTIONS = CORE + MORE
+"""In the order of the report."""
