@@ -1,39 +1,46 @@
 """headwise: scan, trace, steer, swap, slim and study the attention heads of any model.
 
 At the top stand `open_model`, `attend`, `probe`, `Segments`, and the readings and edits; the rooms are modules:
-`headwise.scan`, `headwise.study`, ...
+`headwise.scan`, `headwise.study`, ... All is loaded when first asked for, so that `headwise --help` need not wait for
+torch.
 """
 
-import importlib
-from typing import Any
+from __future__ import annotations
 
-from headwise.attention import (
-    At,
-    Blend,
-    Distance,
-    Entropy,
-    HeadGain,
-    HeadOutput,
-    Inputs,
-    LogSumExp,
-    Map,
-    Mass,
-    Propagate,
-    Rebase,
-    Received,
-    Reweight,
-    ScoreBias,
-    ScoreMap,
-    Scores,
-    SegmentEntropy,
-    Shift,
-    Top,
-    attend,
-    probe,
-)
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from headwise.errors import HeadwiseError
-from headwise.models import Segments
 from headwise.paper import Paper
+
+if TYPE_CHECKING:
+    from headwise import attention, models, patterns, scan, studio, study
+    from headwise.attention import (
+        At,
+        Blend,
+        Distance,
+        Entropy,
+        HeadGain,
+        HeadOutput,
+        Inputs,
+        LogSumExp,
+        Map,
+        Mass,
+        Propagate,
+        Rebase,
+        Received,
+        Reweight,
+        ScoreBias,
+        ScoreMap,
+        Scores,
+        SegmentEntropy,
+        Shift,
+        Top,
+        attend,
+        probe,
+    )
+    from headwise.models import Segments, open_model
+    from headwise.patterns import HeadPattern
 
 __version__ = "0.1.0"
 
@@ -44,6 +51,7 @@ __all__ = [
     "Entropy",
     "HeadGain",
     "HeadOutput",
+    "HeadPattern",
     "HeadwiseError",
     "Inputs",
     "LogSumExp",
@@ -62,18 +70,33 @@ __all__ = [
     "Shift",
     "Top",
     "attend",
+    "attention",
+    "models",
     "open_model",
+    "patterns",
     "probe",
+    "scan",
+    "studio",
+    "study",
 ]
 
-LAZY = {"open_model": "headwise.models.open", "scan": None, "study": None, "studio": None}
-"""Loaded when first asked for: they bring transformers' model classes, pandas or a server with them."""
+HOMES = {
+    "HeadPattern": "headwise.patterns",
+    "Segments": "headwise.models.segments",
+    "open_model": "headwise.models.open",
+}
+"""Where a name is that is neither a module nor in `headwise.attention`."""
+MODULES = ("attention", "models", "patterns", "scan", "studio", "study")
 
 
 def __getattr__(name: str) -> Any:
-    if name not in LAZY:
-        raise AttributeError(f"module 'headwise' has no attribute {name!r}")
-    home = LAZY[name]
-    if home is None:
+    if name in MODULES:
         return importlib.import_module(f"headwise.{name}")
-    return getattr(importlib.import_module(home), name)
+    if name not in __all__:
+        raise AttributeError(f"module 'headwise' has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(HOMES.get(name, "headwise.attention")), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
