@@ -7,7 +7,10 @@ from headwise.scan.catalogue import CORE, QUESTIONS
 from headwise.scan.copying import CopyHeads
 from headwise.scan.distance import Distance
 from headwise.scan.entropy import Entropy
+from headwise.scan.features import head_features, layer_features
+from headwise.scan.head_similarity import head_similarity, layer_matches
 from headwise.scan.induction import InductionHeads
+from headwise.scan.layer_similarity import layer_similarity
 from headwise.scan.needles import NEEDLES, Needle
 from headwise.scan.passes import Plan
 from headwise.scan.positional import PositionalHeads
@@ -15,6 +18,7 @@ from headwise.scan.question import Column, Prompt, Question
 from headwise.scan.result import Scan
 from headwise.scan.retrieval import RetrievalHeads
 from headwise.scan.run import heads, plan
+from headwise.scan.similarity import similarity
 from headwise.scan.sinks import Sinks
 
 __all__ = [
@@ -34,6 +38,12 @@ __all__ = [
     "RetrievalHeads",
     "Scan",
     "Sinks",
+    "head_features",
+    "head_similarity",
     "heads",
+    "layer_features",
+    "layer_matches",
+    "layer_similarity",
     "plan",
+    "similarity",
 ]
