@@ -90,3 +90,11 @@ def received_share(values: xr.Dataset) -> xr.DataArray:
     """alpha_k: what a key receives, divided by how many queries see it; nan for a key none sees."""
     visible = values["received_visible"]
     return values["received"] / visible.where(visible > 0)
+
+
+def later_share(values: xr.Dataset) -> xr.DataArray:
+    """The same without the diagonal, from `At(lags=[0])` beside: what a key gets from each later query; nan where no
+    other query sees it."""
+    others = values["received_visible"] - 1
+    own = values["at"].sel(lag=0, drop=True).rename(query="key")
+    return (values["received"] - own) / others.where(others > 0)
