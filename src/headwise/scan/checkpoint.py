@@ -4,6 +4,7 @@ all."""
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import time
 from pathlib import Path
@@ -12,7 +13,7 @@ import xarray as xr
 
 from headwise.errors import HeadwiseError
 from headwise.files import replacing
-from headwise.scan.passes import Plan
+from headwise.scan.passes import Plan, likeness
 
 Found = list[dict[str, xr.Dataset]]
 EVERY = 20.0
@@ -25,6 +26,8 @@ class Checkpoint:
     def __init__(self, path: str | os.PathLike[str] | None, plan: Plan, seed: int):
         self.path = None if path is None else Path(path)
         self.done: dict[int, Found] = {}
+        self.failed: dict[str, str] = {}
+        """Questions that could not use what they saw, and why."""
         self.written = time.monotonic()
         if self.path is None:
             return
@@ -43,6 +46,7 @@ class Checkpoint:
             raise HeadwiseError(
                 f"checkpoint: {self.path} belongs to another scan (model, inputs or questions differ): use another one."
             )
+        self.failed = json.loads(tree.attrs["failed"])
         return {
             int(number): [
                 {stream: node.to_dataset() for stream, node in question.children.items()}
@@ -59,7 +63,7 @@ class Checkpoint:
     def write(self) -> None:
         if self.path is None or not self.done:
             return
-        nodes = {"/": xr.Dataset(attrs={"identity": self.identity})}
+        nodes = {"/": xr.Dataset(attrs={"identity": self.identity, "failed": json.dumps(self.failed)})}
         for number, found in self.done.items():
             for place, streams in enumerate(found):
                 nodes[f"/{number}/{place}"] = xr.Dataset()
@@ -79,9 +83,5 @@ def identify(plan: Plan, seed: int) -> str:
     for one in plan.passes:
         digest.update(repr([(q.name, q) for q in one.questions]).encode())
         digest.update(repr([type(r).__name__ + str(r.queries) for r in one.readings]).encode())
-        for name, value in sorted(one.prompt.inputs.items()):
-            digest.update(name.encode())
-            digest.update(
-                value.detach().cpu().float().numpy().tobytes() if hasattr(value, "detach") else repr(value).encode()
-            )
+        digest.update(likeness(one.prompt).encode())
     return digest.hexdigest()[:16]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,69 +12,78 @@ import xarray as xr
 
 from headwise.attention import attend
 from headwise.attention.readings import Reading
+from headwise.errors import HeadwiseError
 from headwise.models import Opened
+from headwise.scan.costs import extra, plain_seconds
 from headwise.scan.needs import quiet
 from headwise.scan.question import Prompt, Question
 
 SUFFIXES = ("", "_count", "_sem")
+Asked = tuple[Question, Prompt]
 
 
 @dataclass
 class Pass:
-    """One forward pass (or, for a question that drives the model itself, what it does with one prompt)."""
+    """One forward pass (or, for a question that drives the model itself, what it does with one prompt). Every question
+    has a prompt of its own; their inputs are the same."""
 
-    prompt: Prompt
     questions: list[Question]
+    prompts: list[Prompt]
     readings: list[Reading] = field(default_factory=list)
     renames: list[dict[str, str]] = field(default_factory=list)
     """For each question: name in the run -> the name the question knows."""
 
     @property
+    def prompt(self) -> Prompt:
+        return self.prompts[0]
+
+    @property
     def driven(self) -> bool:
         return self.questions[0].drives
 
-    def run(self, opened: Opened, seed: int) -> list[dict[str, xr.Dataset]]:
-        """What every question sees of this pass, per stream, reduced to dims that all its prompts share."""
+    def run(self, opened: Opened, seed: int, failed: dict[str, str] | None = None) -> list[dict[str, xr.Dataset]]:
+        """What every question sees of this pass, per stream, reduced to dims that all its prompts share. With `failed`
+        a question that cannot use what it sees is written down there, and the others go on."""
+        if failed is not None and all(question.name in failed for question in self.questions):
+            return [{} for _ in self.questions]
         if self.driven:
-            question = self.questions[0]
-            return [question.observe(opened, self.prompt)]
+            return [attempt(self.questions[0], failed, lambda: self.questions[0].observe(opened, self.prompt))]
         with (
             attend(opened, readings=self.readings, segments=self.prompt.segments, seed=seed) as run,
             torch.no_grad(),
         ):
             opened.model(**self.prompt.inputs, **quiet(opened.model))
-        found: list[dict[str, xr.Dataset]] = []
-        for question, names in zip(self.questions, self.renames, strict=True):
-            mine: dict[str, xr.Dataset] = {}
-            for stream in question.streams(opened):
-                if stream not in run.tree.children:
-                    continue
-                node = run.tree[stream].to_dataset()
-                if "call" in node.dims:  # a layer that attends twice in one forward: both count as one head
-                    node = node.mean("call")
-                there = {name: own for name, own in names.items() if name in node}
-                mine[stream] = question.reduce(node[list(there)].rename(there), self.prompt)
-            found.append(mine)
-        return found
+        nodes = {str(stream): node.to_dataset() for stream, node in run.tree.children.items()}
+        return [
+            attempt(question, failed, lambda q=question, p=prompt, n=names: seen_by(opened, q, p, n, nodes))
+            for question, prompt, names in zip(self.questions, self.prompts, self.renames, strict=True)
+        ]
 
 
-def make_pass(opened: Opened, prompt: Prompt, questions: Sequence[Question], queries: Any) -> Pass:
-    """Merges the readings of questions about one prompt; `queries` holds for every reading that doesn't choose its
-    own."""
-    unique: dict[Reading, Reading] = {}
-    renames: list[dict[str, str]] = []
-    for question in questions:
-        names: dict[str, str] = {}
-        for reading in question.readings_at(opened, prompt):
-            bare = replace(reading, name=None)
-            if isinstance(bare.queries, str) and not hasattr(bare, "pairs"):
-                bare = replace(bare, queries=queries)
-            shared = unique.setdefault(bare, replace(bare, name=f"r{len(unique)}"))
-            own = reading.names()
-            for variable, given in shared.names().items():
-                names |= {given + suffix: own[variable] + suffix for suffix in SUFFIXES}
-        renames.append(names)
-    return Pass(prompt, list(questions), list(unique.values()), renames)
+def attempt(question: Question, failed: dict[str, str] | None, look: Any) -> dict[str, xr.Dataset]:
+    try:
+        return look()
+    except HeadwiseError as error:
+        if failed is None:
+            raise
+        failed[question.name] = str(error)
+        return {}
+
+
+def seen_by(
+    opened: Opened, question: Question, prompt: Prompt, names: Mapping[str, str], nodes: Mapping[str, xr.Dataset]
+) -> dict[str, xr.Dataset]:
+    """The values of one question's readings, under the names it knows, reduced."""
+    mine: dict[str, xr.Dataset] = {}
+    for stream in question.streams(opened):
+        if stream not in nodes:
+            continue
+        node = nodes[stream]
+        if "call" in node.dims:  # a layer that attends twice in one forward: both count as one head
+            node = node.mean("call")
+        there = {name: own for name, own in names.items() if name in node}
+        mine[stream] = question.reduce(node[list(there)].rename(there), prompt)
+    return mine
 
 
 @dataclass
@@ -89,44 +98,97 @@ class Plan:
         return sum(p.prompt.tokens for p in self.passes)
 
     @property
+    def questions(self) -> list[str]:
+        """The names of all questions asked, once each."""
+        return list(dict.fromkeys(q.name for p in self.passes for q in p.questions if q.name != "details"))
+
+    @property
     def seconds(self) -> float:
-        """A rough guess: two operations a parameter and token, at the speed one matrix product just ran at, twice over
-        for everything else a forward pass does (and twice again where a question decodes)."""
-        model = self.opened.model
-        parameters = sum(p.numel() for p in model.parameters())
-        weight = sum(p.prompt.tokens * (2 if p.driven else 1) for p in self.passes)
-        return 2 * 2 * parameters * weight / _speed(self.opened.device)
+        """A guess: plain forward passes at the speed one matrix product just ran at, and what each question takes on
+        top, as `benchmarks/scan_questions.py` measured it."""
+        weight = sum(p.prompt.tokens * (1 + sum(extra(q) for q in p.questions)) for p in self.passes)
+        return plain_seconds(self.opened) * weight
 
     def __str__(self) -> str:
-        questions = {q.name for p in self.passes for q in p.questions} - {"details"}
+        seconds = self.seconds
+        time = f"{max(1, round(seconds))} s" if seconds < 100 else f"{seconds / 60:.0f} minutes"
         return (
-            f"{len(questions)} questions of {self.opened.name} in {len(self.passes)} passes over {self.tokens:,} "
-            f"tokens, about {max(1, round(self.seconds))} s"
+            f"{plural(len(self.questions), 'question')} of {self.opened.name} in {plural(len(self.passes), 'pass')} "
+            f"over {plural(self.tokens, 'token')}, about {time}"
         )
 
 
-def _speed(device: torch.device) -> float:
-    """Operations a second of a product of two matrices of 768 x 768."""
-    a = torch.randn(768, 768, device=device)
-    a @ a
-    start = time.perf_counter()
-    for _ in range(4):
-        b = a @ a
-    float(b[0, 0])
-    return 4 * 2 * 768**3 / (time.perf_counter() - start)
+def plural(number: int, word: str) -> str:
+    return f"{number:,} {word}{'' if number == 1 else 'es' if word.endswith('s') else 's'}"
 
 
-def make_plan(opened: Opened, prompts: Sequence[Prompt], questions: Sequence[Question], queries: Any) -> Plan:
-    """The caller's prompts are read once for all questions about them; a question's own prompts follow, and the
-    caller's again for questions that drive the model themselves."""
-    own = {number: question.prompts(opened) for number, question in enumerate(questions)}
-    shared = [q for number, q in enumerate(questions) if own[number] is None and not q.drives]
-    passes = [make_pass(opened, prompt, shared, queries) for prompt in prompts if shared]
-    for number, question in enumerate(questions):
-        mine = own[number] or (prompts if question.drives and own[number] is None else ())
-        for prompt in mine:
-            if question.drives:
-                passes.append(Pass(prompt, [question]))
-            else:
-                passes.append(make_pass(opened, prompt, [question], "all"))
+def make_plan(
+    opened: Opened,
+    prompts: Sequence[Prompt],
+    questions: Sequence[Question],
+    own: Mapping[str, list[Prompt] | None],
+    queries: Any,
+    failed: dict[str, str] | None = None,
+) -> Plan:
+    """The caller's prompts are read once for all questions about them. Questions' own prompts (`own`, by name) follow,
+    those with the same inputs shared too; questions that drive the model themselves have passes of their own."""
+    plain = [q for q in questions if not q.drives]
+    shared = [q for q in plain if own[q.name] is None]
+    passes = [made for p in prompts if (made := make_pass(opened, [(q, p) for q in shared], queries, failed))]
+    groups: dict[str, list[Asked]] = {}
+    for question in plain:
+        seen: dict[str, int] = {}
+        for prompt in own[question.name] or ():
+            same = likeness(prompt)
+            seen[same] = seen.get(same, 0) + 1  # a question that reads one input twice wants it twice
+            groups.setdefault(f"{same} {seen[same]}", []).append((question, prompt))
+    passes += [made for group in groups.values() if (made := make_pass(opened, group, "all", failed))]
+    for question in questions:
+        if question.drives:
+            mine = own[question.name]
+            passes += [Pass([question], [prompt]) for prompt in (prompts if mine is None else mine)]
     return Plan(opened, passes)
+
+
+def make_pass(opened: Opened, asked: Sequence[Asked], queries: Any, failed: dict[str, str] | None) -> Pass | None:
+    """Merges the readings of questions about one input; `queries` holds for every reading that doesn't choose its
+    own. None where no question is left."""
+    unique: dict[Reading, Reading] = {}
+    made = Pass([], [])
+    for question, prompt in asked:
+        try:
+            readings = question.readings_at(opened, prompt)
+        except HeadwiseError as error:
+            if failed is None:
+                raise
+            failed[question.name] = str(error)
+            continue
+        names: dict[str, str] = {}
+        for reading in readings:
+            bare = replace(reading, name=None)
+            if isinstance(bare.queries, str) and not hasattr(bare, "pairs"):
+                bare = replace(bare, queries=queries)
+            one = unique.setdefault(bare, replace(bare, name=f"r{len(unique)}"))
+            own = reading.names()
+            for variable, given in one.names().items():
+                names |= {given + suffix: own[variable] + suffix for suffix in SUFFIXES}
+        made.questions.append(question)
+        made.prompts.append(prompt)
+        made.renames.append(names)
+    made.readings = list(unique.values())
+    return made if made.questions else None
+
+
+def likeness(prompt: Prompt) -> str:
+    """A checksum of the inputs and of the names of their tokens: equal for prompts that one forward pass serves."""
+    digest = hashlib.sha256()
+    for name, value in sorted(prompt.inputs.items()):
+        digest.update(f"{name} {getattr(value, 'dtype', '')} {tuple(getattr(value, 'shape', ()))}".encode())
+        digest.update(contents(value))
+    for stream, segments in sorted((prompt.segments or {}).items()):
+        digest.update(f"{stream} {segments.names}".encode() + contents(segments.labels))
+    return digest.hexdigest()
+
+
+def contents(value: Any) -> bytes:
+    return value.detach().cpu().float().numpy().tobytes() if hasattr(value, "detach") else repr(value).encode()

@@ -24,7 +24,7 @@ def payload(scan: Scan) -> dict[str, Any]:
         "model": about["model"] | {"headwise": installed()},
         "created": about["created"],
         "tokens": about["tokens"],
-        "command": f"headwise scan {about['model']['name']}",
+        "command": about.get("command", ""),
         "streams": [
             {"name": s, "layers": list(range(layers)), "heads": heads} for s, (layers, heads) in streams.items()
         ],

@@ -159,6 +159,7 @@ def assemble(
     left_out: dict[str, str],
     lenient: bool,
     seed: int = 0,
+    command: str = "",
 ) -> Scan:
     """Averages what the passes showed, lets every question score it, and lays everything out by stream, layer and head.
 
@@ -212,6 +213,7 @@ def assemble(
         "passes": len(plan.passes),
         "edges": edges(details.tokens) if details is not None else [],
         "seed": seed,
+        "command": command,
         "questions": names,
         "profiles": list(profiles),
         "columns": columns,
@@ -230,17 +232,21 @@ def need_zarr() -> None:
         raise HeadwiseError("A .zarr file needs the zarr package: pip install 'headwise[zarr]', or use a name in .nc.")
 
 
-def notable(data: xr.Dataset, columns: Sequence[str], each: int = 2) -> dict[str, list[tuple[int, int]]]:
-    """The heads whose rows the report shows: the highest of every column, in every stream."""
+def notable(
+    data: xr.Dataset, columns: Sequence[str], each: int = 2, most: int = 40
+) -> dict[str, list[tuple[int, int]]]:
+    """The heads whose rows the report shows: in every stream the highest of every column, then the second of every
+    column, up to `most` heads."""
     chosen: dict[str, list[tuple[int, int]]] = {}
     for stream in data["stream"].values.tolist():
-        found: set[tuple[int, int]] = set()
+        best = []
         for column in columns:
             score = data[column].sel(stream=stream).stack(place=("layer", "head")).dropna("place")
             order = np.argsort(-score.values, kind="stable")[:each]
-            found |= {(int(layer), int(head)) for layer, head in score["place"].values[order]}
-        if found:
-            chosen[stream] = sorted(found)
+            best.append([(int(layer), int(head)) for layer, head in score["place"].values[order]])
+        ranked = [places[rank] for rank in range(each) for places in best if len(places) > rank]
+        if ranked:
+            chosen[stream] = sorted(list(dict.fromkeys(ranked))[:most])
     return chosen
 
 

@@ -33,6 +33,7 @@ def heads(
     progress: bool | Report | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     seed: int = 0,
+    command: str = "",
 ) -> Scan:
     """One score per question and head.
 
@@ -41,7 +42,7 @@ def heads(
     says why others don't fit.
     `queries=256` reads that many random queries of each input instead of all. `segments` names the tokens of each
     input. `progress=True` shows cost and a bar; a function gets (passes done, passes in all, what is next). With
-    `checkpoint=` a scan that was stopped goes on where it was.
+    `checkpoint=` a scan that was stopped goes on where it was. `command` is what the report says it was made by.
 
     >>> result = scan.heads(opened, texts=["..."], questions=["sinks", scan.InductionHeads(seeds=3)])
     >>> result.top("sinks", 5)
@@ -49,20 +50,23 @@ def heads(
     opened = model if isinstance(model, Opened) else open_model(model)
     chosen, left_out = choose(opened, questions, seed)
     prompts = make_prompts(opened, texts, inputs, segments)
-    plan, chosen = _plan(opened, prompts, chosen, left_out, queries, lenient=unnamed(questions))
+    lenient = unnamed(questions)
+    plan, chosen = _plan(opened, prompts, chosen, left_out, queries, lenient)
     store = Checkpoint(checkpoint, plan, seed)
+    failed = store.failed if lenient else None
     with evaluating(opened.model), reporting(progress, plan, len(plan.passes)) as report:
         try:
             for number, one in enumerate(plan.passes):
                 if number not in store.done:
-                    report(
-                        number, len(plan.passes), ", ".join(q.name for q in one.questions if not isinstance(q, Details))
-                    )
-                    store.add(number, one.run(opened, seed))
+                    names = [q.name for q in one.questions if not isinstance(q, Details)]
+                    report(number, len(plan.passes), shortened(names))
+                    store.add(number, one.run(opened, seed, failed))
             report(len(plan.passes), len(plan.passes), "done")
         finally:
             store.write()
-    result = assemble(plan, chosen, store.done, prompts, left_out, lenient=unnamed(questions), seed=seed)
+    left_out |= store.failed
+    chosen = [question for question in chosen if question.name not in left_out]
+    result = assemble(plan, chosen, store.done, prompts, left_out, lenient=lenient, seed=seed, command=command)
     store.finish()
     return result
 
@@ -182,22 +186,29 @@ def _plan(
     opened: Opened, prompts: list[Prompt], chosen: list[Question], left_out: dict[str, str], queries: Any, lenient: bool
 ) -> tuple[Plan, list[Question]]:
     """Drops questions whose own prompts the model cannot take, if nobody asked for them by name."""
-    fitting = []
+    own: dict[str, list[Prompt] | None] = {}
     for question in chosen:
         try:
-            own = question.prompts(opened)
+            own[question.name] = question.prompts(opened)
         except HeadwiseError as error:
             if not lenient:
                 raise
             left_out[question.name] = str(error)
             continue
-        if own is None and not prompts:
+        if own[question.name] is None and not prompts:
             raise HeadwiseError(
                 f"texts: {question.name} is asked of your texts or inputs; give texts=[...] or inputs=[...]."
             )
-        fitting.append(question)
-    asked = [*fitting, Details(max(p.length for p in prompts))] if prompts else fitting
-    return make_plan(opened, prompts, asked, queries), fitting
+    fitting = [question for question in chosen if question.name in own]
+    details = [Details(max(p.length for p in prompts))] if prompts else []
+    own |= {question.name: None for question in details}
+    plan = make_plan(opened, prompts, [*fitting, *details], own, queries, left_out if lenient else None)
+    return plan, [question for question in fitting if question.name not in left_out]
+
+
+def shortened(names: Sequence[str], most: int = 3) -> str:
+    """The names of a pass's questions, for the line above a progress bar."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 @contextmanager
