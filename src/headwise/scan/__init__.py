@@ -6,6 +6,7 @@
 from headwise.scan.catalogue import CORE, QUESTIONS
 from headwise.scan.copying import CopyHeads
 from headwise.scan.distance import Distance
+from headwise.scan.entropies import FeatureEntropy, gaussian_entropy, transfer_entropy
 from headwise.scan.entropy import Entropy
 from headwise.scan.features import head_features, layer_features
 from headwise.scan.head_similarity import head_similarity, layer_matches
@@ -20,6 +21,7 @@ from headwise.scan.retrieval import RetrievalHeads
 from headwise.scan.run import heads, plan
 from headwise.scan.similarity import similarity
 from headwise.scan.sinks import Sinks
+from headwise.scan.trajectory import dip_and_rise, entropy_trajectory, stable_rank
 
 __all__ = [
     "CORE",
@@ -29,6 +31,7 @@ __all__ = [
     "CopyHeads",
     "Distance",
     "Entropy",
+    "FeatureEntropy",
     "InductionHeads",
     "Needle",
     "Plan",
@@ -38,6 +41,9 @@ __all__ = [
     "RetrievalHeads",
     "Scan",
     "Sinks",
+    "dip_and_rise",
+    "entropy_trajectory",
+    "gaussian_entropy",
     "head_features",
     "head_similarity",
     "heads",
@@ -46,4 +52,6 @@ __all__ = [
     "layer_similarity",
     "plan",
     "similarity",
+    "stable_rank",
+    "transfer_entropy",
 ]

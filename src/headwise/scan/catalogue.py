@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from headwise.scan.copying import CopyHeads
 from headwise.scan.distance import Distance
+from headwise.scan.entropies import FeatureEntropy
 from headwise.scan.entropy import Entropy
 from headwise.scan.induction import InductionHeads
 from headwise.scan.positional import PositionalHeads
@@ -20,6 +21,6 @@ CORE: tuple[type[Question], ...] = (
     CopyHeads,
     RetrievalHeads,
 )
-MORE: tuple[type[Question], ...] = ()
+MORE: tuple[type[Question], ...] = (FeatureEntropy,)
 QUESTIONS = CORE + MORE
 """In the order of the report."""
