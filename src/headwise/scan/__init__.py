@@ -4,17 +4,24 @@
 """
 
 from headwise.scan.catalogue import CORE, QUESTIONS
+from headwise.scan.cmr import cmr_fit, cmr_table
+from headwise.scan.comparison import Comparison, compare
 from headwise.scan.copying import CopyHeads
+from headwise.scan.dependence import InputDependence
 from headwise.scan.distance import Distance
 from headwise.scan.entropies import FeatureEntropy, gaussian_entropy, transfer_entropy
 from headwise.scan.entropy import Entropy
 from headwise.scan.features import head_features, layer_features
 from headwise.scan.head_similarity import head_similarity, layer_matches
+from headwise.scan.icl import IclScore, icl_score
 from headwise.scan.induction import InductionHeads
+from headwise.scan.lag_curves import CmrDistance
 from headwise.scan.layer_similarity import layer_similarity
+from headwise.scan.mixing import Concentration
 from headwise.scan.needles import NEEDLES, Needle
 from headwise.scan.passes import Plan
 from headwise.scan.positional import PositionalHeads
+from headwise.scan.positional_channels import PositionalChannels, positional_channels
 from headwise.scan.question import Column, Prompt, Question
 from headwise.scan.result import Scan
 from headwise.scan.retrieval import RetrievalHeads
@@ -22,35 +29,52 @@ from headwise.scan.run import heads, plan
 from headwise.scan.similarity import similarity
 from headwise.scan.sinks import Sinks
 from headwise.scan.trajectory import dip_and_rise, entropy_trajectory, stable_rank
+from headwise.scan.waveform import WaveformHeads, model_frequencies, rope_frequencies, rope_peaks, rope_waveform
 
 __all__ = [
     "CORE",
     "NEEDLES",
     "QUESTIONS",
+    "CmrDistance",
     "Column",
+    "Comparison",
+    "Concentration",
     "CopyHeads",
     "Distance",
     "Entropy",
     "FeatureEntropy",
+    "IclScore",
     "InductionHeads",
+    "InputDependence",
     "Needle",
     "Plan",
+    "PositionalChannels",
     "PositionalHeads",
     "Prompt",
     "Question",
     "RetrievalHeads",
     "Scan",
     "Sinks",
+    "WaveformHeads",
+    "cmr_fit",
+    "cmr_table",
+    "compare",
     "dip_and_rise",
     "entropy_trajectory",
     "gaussian_entropy",
     "head_features",
     "head_similarity",
     "heads",
+    "icl_score",
     "layer_features",
     "layer_matches",
     "layer_similarity",
+    "model_frequencies",
     "plan",
+    "positional_channels",
+    "rope_frequencies",
+    "rope_peaks",
+    "rope_waveform",
     "similarity",
     "stable_rank",
     "transfer_entropy",

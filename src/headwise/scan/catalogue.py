@@ -7,10 +7,12 @@ from headwise.scan.distance import Distance
 from headwise.scan.entropies import FeatureEntropy
 from headwise.scan.entropy import Entropy
 from headwise.scan.induction import InductionHeads
+from headwise.scan.lag_curves import CmrDistance
 from headwise.scan.positional import PositionalHeads
 from headwise.scan.question import Question
 from headwise.scan.retrieval import RetrievalHeads
 from headwise.scan.sinks import Sinks
+from headwise.scan.waveform import WaveformHeads
 
 CORE: tuple[type[Question], ...] = (
     Sinks,
@@ -21,6 +23,6 @@ CORE: tuple[type[Question], ...] = (
     CopyHeads,
     RetrievalHeads,
 )
-MORE: tuple[type[Question], ...] = (FeatureEntropy,)
+MORE: tuple[type[Question], ...] = (FeatureEntropy, CmrDistance, WaveformHeads)
 QUESTIONS = CORE + MORE
 """In the order of the report."""

@@ -1,0 +1,160 @@
+"""At which distances does a rotary model attend less, whatever the content?
+
+For frequencies theta_j (base b, head width D: `theta_j = b^(-2j/D)`, j = 0 ... D/2 - 1) the attainable score at a
+distance of s tokens is bounded by the waveform `W(s) = (2/D) sum_i |sum_{j<i} exp(i s theta_j)|` (i = 1 ... D/2): it
+falls with the distance, in ripples whose peaks and troughs depend on the base. `WaveformHeads` measures whether a
+head's attention to random tokens has the ripples of the model's own waveform.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+import xarray as xr
+from jaxtyping import Float, Int
+
+from headwise.attention.readings import At, Reading
+from headwise.attention.rope import find_rotary
+from headwise.errors import HeadwiseError
+from headwise.models import Opened
+from headwise.paper import Paper
+from headwise.scan.needs import lacks_language_model
+from headwise.scan.question import Column, Prompt, Question
+from headwise.scan.tokens import beginning, random_tokens
+
+Frequencies = Float[np.ndarray, " pair"]
+
+
+def rope_frequencies(base: float, head_dim: int) -> Frequencies:
+    """`base^(-2j/head_dim)` for the pairs j of a head, in radians a token."""
+    if not base > 1 or head_dim < 2 or head_dim % 2:
+        raise HeadwiseError(f"Wanted a base above 1 and an even head_dim; got base={base!r}, head_dim={head_dim!r}.")
+    return float(base) ** (-np.arange(0, head_dim, 2) / head_dim)
+
+
+def model_frequencies(opened: Opened) -> Frequencies | None:
+    """The frequencies the model's text layers turn by, scaling included; None where they are not rotary."""
+    site = next((site for site in opened.sites if site.stream == "text"), None)
+    rotary = None if site is None else find_rotary(opened.model, site.module)
+    return None if rotary is None else rotary.inv_freq.detach().double().cpu().numpy()
+
+
+def rope_waveform(frequencies: Frequencies, max_distance: int = 4096) -> Float[np.ndarray, " distance"]:
+    """W(s) for s = 0 ... max_distance; `W(0) = (D/2 + 1) / 2` is the largest."""
+    angle = np.arange(max_distance + 1)[:, None] * np.asarray(frequencies, dtype=float)
+    return np.abs(np.exp(1j * angle).cumsum(1)).mean(1)
+
+
+def rope_peaks(waveform: Float[np.ndarray, " distance"]) -> tuple[Int[np.ndarray, " peak"], Int[np.ndarray, " trough"]]:
+    """The distances of the local maxima and of the local minima, ends left out."""
+    step = np.sign(np.diff(waveform))
+    return np.flatnonzero((step[:-1] > 0) & (step[1:] <= 0)) + 1, np.flatnonzero((step[:-1] < 0) & (step[1:] >= 0)) + 1
+
+
+def ripples(curve: Float[np.ndarray, "... distance"], degree: int = 3) -> Float[np.ndarray, "... distance"]:
+    """A positive curve over distances 1, 2, ... divided by its trend: a polynomial in log(distance) through its
+    logarithm. How the trend is taken out is not settled by the paper."""
+    x = np.log(np.arange(1, curve.shape[-1] + 1))
+    basis = np.polynomial.chebyshev.chebvander(2 * x / x[-1] - 1, degree)
+    level = np.log(np.maximum(curve, 1e-30))
+    trend = level @ basis @ np.linalg.pinv(basis.T @ basis) @ basis.T
+    return np.exp(level - trend)
+
+
+@dataclass(frozen=True)
+class WaveformHeads(Question):
+    """`waveform_heads`: rank correlation, over distances 1 ... span, of a head's mean attention with the waveform, both
+    without their trends. Profiles over dim distance: `attention_by_distance` and `rope_waveform`. The queries are those
+    with at least `span` tokens before them in random text. `base` replaces the model's own frequencies, for a model
+    that runs with another base (`Rebase`)."""
+
+    span: int = 256
+    seeds: int = 2
+    every: int = 4
+    base: float | None = None
+    first_seed: int = 0
+    paper: ClassVar[Paper] = Paper(
+        "Fortify the Shortest Stave in Attention: Enhancing Context Awareness of Large Language Models for Effective "
+        "Tool Use",
+        "2312.04455",
+    )
+
+    def __post_init__(self) -> None:
+        if self.span < 16 or self.seeds < 1 or self.every < 1:
+            raise HeadwiseError(
+                "WaveformHeads wants span of at least 16 tokens, seeds and every of at least 1; got "
+                f"span={self.span}, seeds={self.seeds}, every={self.every}."
+            )
+
+    def columns(self) -> tuple[Column, ...]:
+        return (
+            Column(
+                "waveform_heads",
+                "Follows the rotary waveform",
+                "On random tokens: how alike the ripples of attention over distance and of the waveform are.",
+                "rank correlation",
+                "its distances are favoured as the rotation favours them",
+            ),
+        )
+
+    def lacks(self, opened: Opened) -> str | None:
+        found = lacks_language_model(opened)
+        return found or (None if model_frequencies(opened) is not None else "rotary positions headwise can read")
+
+    def streams(self, opened: Opened) -> Sequence[str]:
+        return ["text"]
+
+    def prompts(self, opened: Opened) -> list[Prompt]:
+        start = beginning(opened)
+        front = [] if start is None else [torch.tensor([[start]])]
+        total = 2 * self.span + len(front)
+        if opened.max_positions is not None and total > opened.max_positions:
+            raise HeadwiseError(
+                f"WaveformHeads(span={self.span}) reads {total} tokens, more than the model's {opened.max_positions} "
+                "positions: lower span=."
+            )
+        width = next(site.head_dim for site in opened.sites if site.stream == "text")
+        used = model_frequencies(opened) if self.base is None else rope_frequencies(self.base, width)
+        seeds = range(self.first_seed, self.first_seed + self.seeds)
+        return [
+            Prompt(
+                {"input_ids": torch.cat([*front, random_tokens(opened, 1, 2 * self.span, seed)], 1).to(opened.device)},
+                own=used,
+            )
+            for seed in seeds
+        ]
+
+    def readings_at(self, opened: Opened, prompt: Prompt) -> list[Reading]:
+        last = prompt.inputs["input_ids"].shape[1]
+        # From span + 1 on, so that no query reaches the first token, which is a sink in most models.
+        queries = range(last - self.span + 1, last, self.every)
+        return [At(lags=range(1, self.span + 1), queries=queries, per="head", stream="text")]
+
+    def reduce(self, values: xr.Dataset, prompt: Prompt) -> xr.Dataset:
+        kept = values.rename(lag="distance")
+        wave = rope_waveform(prompt.own, self.span)[1:]
+        return kept.assign(waveform=xr.DataArray(wave, {"distance": kept["distance"]}, ("distance",)))
+
+    def score(self, values: xr.Dataset) -> dict[str, xr.DataArray]:
+        seen = values["at"].transpose("layer", "head", "distance")
+        flat = ripples(seen.values)
+        wave = ripples(values["waveform"].values)
+        found = rank_correlation(flat, wave)
+        return {
+            "waveform_heads": xr.DataArray(found, {"layer": seen["layer"], "head": seen["head"]}, ("layer", "head"))
+        }
+
+    def profiles(self, values: xr.Dataset) -> dict[str, xr.DataArray]:
+        return {"attention_by_distance": values["at"], "rope_waveform": values["waveform"]}
+
+
+def rank_correlation(many: Float[np.ndarray, "... place"], one: Float[np.ndarray, " place"]) -> np.ndarray:
+    """Spearman's correlation of every row with one curve (values without ties)."""
+    rank = many.argsort(-1).argsort(-1).astype(float)
+    other = one.argsort().argsort().astype(float)
+    rank, other = rank - rank.mean(-1, keepdims=True), other - other.mean()
+    return (rank @ other) / np.sqrt((rank**2).sum(-1) * (other**2).sum())
