@@ -12,6 +12,7 @@ import typer
 
 from headwise.cli.doctor import doctor
 from headwise.cli.models import app as models
+from headwise.cli.patterns import app as patterns
 from headwise.cli.scan import scan
 from headwise.cli.study import app as study
 from headwise.errors import HeadwiseError
@@ -26,6 +27,7 @@ app = typer.Typer(
 app.command()(scan)
 app.command()(doctor)
 app.add_typer(models)
+app.add_typer(patterns)
 app.add_typer(study)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
+import sys
 from typing import Any
 
 from rich.console import Console
@@ -23,3 +25,8 @@ def hush() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def command_line() -> str:
+    """The command as it was given, to be copied and run again."""
+    return shlex.join(["headwise", *sys.argv[1:]])

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
-from headwise.cli.console import err, hush, out, print_json
+from headwise.cli import scan_targets as targets
+from headwise.cli.console import command_line, err, hush, out, print_json
+from headwise.cli.texts import inputs_of, read_texts
 from headwise.errors import HeadwiseError
-from headwise.files import check_writable, replacing
+from headwise.files import replacing
 
 if TYPE_CHECKING:
-    from headwise.models import Opened
     from headwise.scan import Scan
 
 BEST = 5  # heads named per question in the table
@@ -28,33 +27,53 @@ def scan(
         typer.Option("--text", help="A text file to read; repeat for more. Without it: three chapters of a novel."),
     ] = None,
     questions: Annotated[
-        str | None, typer.Option(help="Names with commas between them. Without it: all that fit the model.")
+        str | None, typer.Option(help="Names with commas between them. Without it: the core ones that fit the model.")
     ] = None,
+    every: Annotated[bool, typer.Option("--all", help="Ask every question there is that fits the model.")] = False,
     queries: Annotated[
         int | None, typer.Option(min=1, help="Read so many random tokens a text instead of all; gives standard errors.")
     ] = None,
+    compare: Annotated[
+        tuple[str, str] | None,
+        typer.Option(help="Two models, checkpoints or saved scans (.nc, .zarr) side by side.", metavar="A B"),
+    ] = None,
+    resume: Annotated[
+        Path | None, typer.Option(help="Keep what is done in this file, and go on from it after a stop.")
+    ] = None,
     out_file: Annotated[Path | None, typer.Option("--out", help="Write the report: one HTML file.")] = None,
     save: Annotated[Path | None, typer.Option(help="Write the numbers: a .nc file or a .zarr folder.")] = None,
+    pattern: Annotated[
+        list[str] | None,
+        typer.Option(help="Write one column's scores as a head pattern; repeat for more.", metavar="COLUMN=FILE.json"),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the table of heads as JSON instead.")] = False,
     seed: Annotated[int, typer.Option(help="Of random tokens and sampled queries.")] = 0,
 ) -> None:
     """Ask what each attention head of a model does, and show the heads that do it most."""
-    targets = [check_writable(path) for path in (out_file, save) if path is not None]
-    if save is not None and save.suffix not in (".nc", ".zarr"):
-        raise HeadwiseError(f"--save {save}: wanted a name that ends in .nc (one file) or .zarr (a folder).")
+    if every and questions:
+        raise HeadwiseError(f"--questions {questions} and --all: give one of the two.")
+    asked = "all" if every else questions.split(",") if questions else None
     texts = list(read_texts(text or []))
+    shared = {"questions": asked, "queries": "all" if queries is None else queries, "seed": seed}
+    if compare is not None:
+        from headwise.cli.compare import compare_models
+
+        targets.refuse_for_comparison(resume=resume, save=save, pattern=pattern)
+        return compare_models(*compare, texts=texts, out_file=out_file, as_json=as_json, **shared)
+    wanted = targets.check(out_file, save, pattern or [])
     hush()
     import headwise as hw
 
+    targets.check_columns(wanted.patterns, asked)
     with err.status(f"opening {model}"):
         opened = hw.open_model(model)
     result = hw.scan.heads(
         opened,
-        inputs=[encode(opened, name, words) for name, words in texts] or default_inputs(opened),
-        questions=questions.split(",") if questions else None,
-        queries="all" if queries is None else queries,
-        seed=seed,
+        inputs=inputs_of(opened, texts),
         progress=True,
+        checkpoint=resume,
+        command=command_line(),
+        **shared,
     )
     if out_file is not None:
         with replacing(out_file) as unfinished:
@@ -62,46 +81,15 @@ def scan(
     if save is not None:
         with replacing(save) as unfinished:
             result.save(unfinished)
+    for column, path in wanted.patterns.items():
+        targets.pattern_of(result, column).save(path)
+    for question, reason in result.left_out.items():
+        err.print(f"not asked: {question}: {reason}", style="dim", markup=False, highlight=False)
     if as_json:
         return print_json(rows(result))
     _print(result)
-    for path in targets:
+    for path in wanted.paths:
         out.print(f"wrote {path}", markup=False, highlight=False, soft_wrap=True)
-
-
-def read_texts(paths: list[Path]) -> Iterator[tuple[str, str]]:
-    """Name and contents of every file, before anything slow is begun."""
-    for path in paths:
-        try:
-            words = path.read_text(encoding="utf-8")
-        except OSError as error:
-            raise HeadwiseError(f"--text {path}: {error.strerror}.") from None
-        except UnicodeDecodeError:
-            raise HeadwiseError(f"--text {path} is not UTF-8 text: convert it first.") from None
-        if not words.strip():
-            raise HeadwiseError(f"--text {path} is empty: give a file with at least one word.")
-        yield str(path), words
-
-
-def encode(opened: Opened, name: str, words: str) -> dict[str, Any]:
-    """Model inputs, or an error that names the file."""
-    try:
-        return opened.encode(words)
-    except HeadwiseError as error:
-        raise HeadwiseError(f"--text {name}: {error}") from None
-
-
-def default_inputs(opened: Opened) -> list[dict[str, Any]]:
-    """The text headwise ships, a chapter an input, each cut to what the model can place."""
-    if opened.tokenizer is None or getattr(opened.model, "main_input_name", "input_ids") != "input_ids":
-        raise HeadwiseError(
-            f"{opened.name} does not read text: from Python, headwise.scan.heads(opened, inputs=[opened.encode(...)]) "
-            "scans it on pictures or sound."
-        )
-    prose = files("headwise.scan").joinpath("assets/prose.txt").read_text(encoding="utf-8")
-    chapters = [chapter.strip() for chapter in prose.split("Chapter ") if chapter.strip()]
-    limit = {} if opened.max_positions is None else {"truncation": True, "max_length": opened.max_positions}
-    return [opened.encode(chapter, **limit) for chapter in chapters]
 
 
 def rows(result: Scan) -> list[dict[str, Any]]:
