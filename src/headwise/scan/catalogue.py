@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from headwise.scan.copying import CopyHeads
+from headwise.scan.dependence import InputDependence
 from headwise.scan.distance import Distance
 from headwise.scan.entropies import FeatureEntropy
 from headwise.scan.entropy import Entropy
 from headwise.scan.induction import InductionHeads
 from headwise.scan.lag_curves import CmrDistance
+from headwise.scan.mixing import Concentration
 from headwise.scan.positional import PositionalHeads
 from headwise.scan.question import Question
 from headwise.scan.retrieval import RetrievalHeads
@@ -23,6 +25,12 @@ CORE: tuple[type[Question], ...] = (
     CopyHeads,
     RetrievalHeads,
 )
-MORE: tuple[type[Question], ...] = (FeatureEntropy, CmrDistance, WaveformHeads)
+MORE: tuple[type[Question], ...] = (
+    FeatureEntropy,
+    CmrDistance,
+    WaveformHeads,
+    Concentration,
+    InputDependence,
+)
 QUESTIONS = CORE + MORE
 """In the order of the report."""
