@@ -3,20 +3,24 @@
 `scan.heads(opened, texts=[...])` asks all questions that fit; a question is a small class of its own file.
 """
 
+from headwise.scan.basin import AttentionBasin, basin_layer, edge_ratio
 from headwise.scan.catalogue import CORE, QUESTIONS
 from headwise.scan.cmr import cmr_fit, cmr_table
 from headwise.scan.comparison import Comparison, compare
 from headwise.scan.copying import CopyHeads
 from headwise.scan.dependence import InputDependence
 from headwise.scan.distance import Distance
+from headwise.scan.distance_bias import DistanceBias
 from headwise.scan.entropies import FeatureEntropy, gaussian_entropy, transfer_entropy
 from headwise.scan.entropy import Entropy
 from headwise.scan.features import head_features, layer_features
 from headwise.scan.head_similarity import head_similarity, layer_matches
 from headwise.scan.icl import IclScore, icl_score
 from headwise.scan.induction import InductionHeads
+from headwise.scan.key_moments import KeyMoments
 from headwise.scan.lag_curves import CmrDistance
 from headwise.scan.layer_similarity import layer_similarity
+from headwise.scan.long_context import LongContextHeads
 from headwise.scan.mixing import Concentration
 from headwise.scan.needles import NEEDLES, Needle
 from headwise.scan.passes import Plan
@@ -35,17 +39,21 @@ __all__ = [
     "CORE",
     "NEEDLES",
     "QUESTIONS",
+    "AttentionBasin",
     "CmrDistance",
     "Column",
     "Comparison",
     "Concentration",
     "CopyHeads",
     "Distance",
+    "DistanceBias",
     "Entropy",
     "FeatureEntropy",
     "IclScore",
     "InductionHeads",
     "InputDependence",
+    "KeyMoments",
+    "LongContextHeads",
     "Needle",
     "Plan",
     "PositionalChannels",
@@ -56,10 +64,12 @@ __all__ = [
     "Scan",
     "Sinks",
     "WaveformHeads",
+    "basin_layer",
     "cmr_fit",
     "cmr_table",
     "compare",
     "dip_and_rise",
+    "edge_ratio",
     "entropy_trajectory",
     "gaussian_entropy",
     "head_features",

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from headwise.scan.basin import AttentionBasin
 from headwise.scan.copying import CopyHeads
 from headwise.scan.dependence import InputDependence
 from headwise.scan.distance import Distance
+from headwise.scan.distance_bias import DistanceBias
 from headwise.scan.entropies import FeatureEntropy
 from headwise.scan.entropy import Entropy
 from headwise.scan.induction import InductionHeads
 from headwise.scan.lag_curves import CmrDistance
+from headwise.scan.long_context import LongContextHeads
 from headwise.scan.mixing import Concentration
 from headwise.scan.positional import PositionalHeads
 from headwise.scan.question import Question
@@ -31,6 +34,9 @@ MORE: tuple[type[Question], ...] = (
     WaveformHeads,
     Concentration,
     InputDependence,
+    LongContextHeads,
+    DistanceBias,
+    AttentionBasin,
 )
 QUESTIONS = CORE + MORE
 """In the order of the report."""

@@ -1,19 +1,26 @@
-"""Needles in a haystack: an invented fact hidden in real text, and a question only the text can answer."""
+"""Needles in a haystack: an invented fact hidden in real text, a question only the text can answer, and the answer a
+model gives."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
+from typing import Any
 
 import torch
+import xarray as xr
 from jaxtyping import Int
 from torch import Tensor
 
+from headwise.attention import Edit, attend
+from headwise.attention.readings import Top
 from headwise.errors import HeadwiseError
 from headwise.models import Opened
+from headwise.scan.needs import accepts
 
 
 @dataclass(frozen=True)
@@ -135,3 +142,35 @@ def recall(response: str, answer: str) -> float:
     wanted = Counter(re.findall(r"\w+", answer.lower()))
     given = Counter(re.findall(r"\w+", response.lower()))
     return sum((wanted & given).values()) / max(sum(wanted.values()), 1)
+
+
+@torch.no_grad()
+def prefill(opened: Opened, hidden: Hidden) -> Any:
+    """The cache after a plain forward of all tokens but the last."""
+    keep = {"logits_to_keep": 1} if accepts(opened.model, "logits_to_keep") else {}
+    return opened.model(input_ids=hidden.ids[:, :-1], use_cache=True, **keep).past_key_values
+
+
+@torch.no_grad()
+def answer(
+    opened: Opened, hidden: Hidden, state: Any, max_new: int, edits: Sequence[Edit] = (), top: int = 1
+) -> tuple[float, list[int], xr.DataArray]:
+    """Greedy decoding from a prefilled cache (it grows) until the answer is complete, a line ends or `max_new` tokens
+    are there: ROUGE-1 recall, the tokens, and the `top` most attended keys of every step as [layer, head, step, rank].
+    The query of step t is the token before the t-th generated one. `edits` act while decoding only."""
+    model, tokenizer, ids = opened.model, opened.tokenizer, hidden.ids
+    produced: list[int] = []
+    found = 0.0
+    step = ids[:, -1:]
+    with attend(opened, readings=[Top(top, stream="text")], edits=edits) as run:
+        while len(produced) < max_new and found < 1:
+            seen = model(input_ids=step, past_key_values=state, use_cache=True)
+            state, token = seen.past_key_values, int(seen.logits[0, -1].argmax())
+            produced.append(token)
+            said = tokenizer.decode(produced, skip_special_tokens=True)
+            found = recall(said, hidden.needle.answer)
+            if token in tokenizer.all_special_ids or "\n" in said.lstrip():
+                break
+            step = torch.tensor([[token]], device=ids.device)
+    tops = run.tree["text"]["top_index"].isel(sample=0).transpose("layer", "head", "query", "rank")
+    return found, produced, tops.rename(query="step")

@@ -5,38 +5,46 @@ when the key it attends to most lies in the answer's span in the context and is 
 one kept instance: the share of the span's tokens the head has copied (count="set"), or hits over the span's length
 (count="step"). Only instances the model answers well (ROUGE-1 recall above `rouge_min`) are kept; a head's score is the
 mean over them.
+
+`Scan.pattern("retrieval_heads")` is the file of scores to share. Beside the scores stand, over contexts (tokens) and
+depths, the recall of the model and the score of every head, and how alike the heads' ranks are at two contexts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import numpy as np
-import torch
 import xarray as xr
 
-from headwise.attention import Edit, attend
-from headwise.attention.readings import Top
 from headwise.errors import HeadwiseError
 from headwise.models import Opened
 from headwise.paper import Paper
-from headwise.scan.needles import NEEDLES, Hidden, Needle, haystack, hide, recall
-from headwise.scan.needs import accepts, lacks_language_model
+from headwise.scan.needles import NEEDLES, Hidden, Needle, answer, haystack, hide, prefill
+from headwise.scan.needs import lacks_language_model
 from headwise.scan.question import Column, Prompt, Question
 
 
 @dataclass(frozen=True)
 class RetrievalHeads(Question):
     """`retrieval_heads`: the score, a retrieval head from the threshold on. `retrieval_active`: share of kept instances
-    with a hit at all. `needles`, `contexts` (tokens) and `depths` (evenly spaced) make the instances."""
+    with a hit at all. `needles`, `contexts` (tokens) and `depths` (evenly spaced) make the instances. A hit may also be
+    any of the `topk` most attended keys, with the first token left out (`exclude_first`: often a sink), and of the same
+    text as the generated token, case and leading space aside, instead of the same id (`match="text"`).
+
+    Profiles: `retrieval_recall` [context, depth], `retrieval_map` [layer, head, context, depth], and
+    `retrieval_stability` [context, context_other], the Spearman correlation of all heads' scores."""
 
     needles: tuple[Needle, ...] = NEEDLES[:3]
     contexts: tuple[int, ...] = (256, 512)
     depths: int = 5
     span: Literal["answer", "needle"] = "answer"
     count: Literal["set", "step"] = "set"
+    match: Literal["token", "text"] = "token"
+    topk: int = 1
+    exclude_first: bool = False
     rouge_min: float = 0.5
     kept_min: int = 10
     max_new: int = 16
@@ -46,12 +54,14 @@ class RetrievalHeads(Question):
     drives: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if self.span not in ("answer", "needle") or self.count not in ("set", "step"):
-            raise HeadwiseError(
-                f'RetrievalHeads: span "answer" or "needle", count "set" or "step"; got {self.span!r}, {self.count!r}.'
-            )
-        if not self.needles or not self.contexts or self.depths < 1:
-            raise HeadwiseError("RetrievalHeads wants at least one needle, one context and one depth.")
+        known = {"span": ("answer", "needle"), "count": ("set", "step"), "match": ("token", "text")}
+        for name, values in known.items():
+            if getattr(self, name) not in values:
+                raise HeadwiseError(
+                    f"RetrievalHeads({name}=...) must be {' or '.join(map(repr, values))}; got {getattr(self, name)!r}."
+                )
+        if not self.needles or not self.contexts or self.depths < 1 or self.topk < 1:
+            raise HeadwiseError("RetrievalHeads wants at least one needle, one context, one depth and topk=1.")
 
     def columns(self) -> tuple[Column, ...]:
         return (
@@ -99,15 +109,26 @@ class RetrievalHeads(Question):
 
     def observe(self, opened: Opened, prompt: Prompt) -> dict[str, xr.Dataset]:
         hidden: Hidden = prompt.own
-        found, produced, tops = answer(opened, hidden, prefill(opened, hidden), self.max_new)
-        kept = found > self.rouge_min
+        wanted = self.topk + self.exclude_first
+        found, produced, tops = answer(opened, hidden, prefill(opened, hidden), self.max_new, top=wanted)
         start, stop = hidden.answer if self.span == "answer" else hidden.sentence
-        score = hits(tops.values, produced, hidden.ids[0].tolist(), start, stop, self.count)
-        place = {"layer": tops["layer"], "head": tops["head"]}
+        ids, said = hidden.ids[0].tolist(), np.repeat(produced, self.topk).tolist()
+        if self.match == "text":
+            ids, said = ([opened.decode([token]).strip().lower() for token in row] for row in (ids, said))
+        places = highest(tops.values, self.topk, self.exclude_first)
+        kept = found > self.rouge_min
+        score = hits(places.reshape(*places.shape[:2], -1), said, ids, start, stop, self.count)
         score = score if kept else np.full_like(score, np.nan)
-        active = np.where(np.isnan(score), np.nan, score > 0)
-        data = {name: xr.DataArray(x, place, ("layer", "head")) for name, x in (("hits", score), ("active", active))}
-        return {"text": xr.Dataset(data | {"kept": xr.DataArray(float(kept))})}
+        seen = xr.DataArray(score, {"layer": tops["layer"], "head": tops["head"]}, ("layer", "head"))
+        cell = {"context": [hidden.context], "depth": [hidden.depth]}
+        data = {
+            "hits": seen,
+            "active": (seen > 0).where(seen.notnull()),
+            "kept": xr.DataArray(float(kept)),
+            "map": seen.expand_dims(cell),
+            "recall": xr.DataArray(found).expand_dims(cell),
+        }
+        return {"text": xr.Dataset(data)}
 
     def score(self, values: xr.Dataset) -> dict[str, xr.DataArray]:
         kept, asked = int(values["hits_count"].max()), int(values["kept_count"])
@@ -123,9 +144,34 @@ class RetrievalHeads(Question):
             "retrieval_active_sem": values["active_sem"],
         }
 
+    def profiles(self, values: xr.Dataset) -> dict[str, xr.DataArray]:
+        cells = values["map"].transpose("layer", "head", "context", "depth")
+        return {
+            "retrieval_recall": values["recall"].transpose("context", "depth"),
+            "retrieval_map": cells,
+            "retrieval_stability": stability(cells.mean("depth")),
+        }
 
-def hits(top: np.ndarray, produced: Sequence[int], ids: Sequence[int], start: int, stop: int, count: str) -> np.ndarray:
-    """Score [layer, head] of one instance from the most attended key [layer, head, step] of every decoding step."""
+
+def stability(scores: xr.DataArray) -> xr.DataArray:
+    """Spearman correlation of the scores of all heads [layer, head, context] between contexts (ties share their mean
+    rank); nan where a context kept no instance."""
+    table = scores.stack(place=("layer", "head")).transpose("place", "context").to_pandas()
+    ranks = table.rank().corr().to_numpy()
+    context = scores["context"].values
+    return xr.DataArray(ranks, {"context": context, "context_other": context}, ("context", "context_other"))
+
+
+def highest(places: np.ndarray, k: int, exclude_first: bool) -> np.ndarray:
+    """The first k of the most attended keys [layer, head, step, rank], key 0 passed over where it is excluded."""
+    if exclude_first:
+        places = np.take_along_axis(places, np.argsort(places == 0, axis=-1, kind="stable"), -1)
+    return places[..., :k]
+
+
+def hits(top: np.ndarray, produced: Sequence, ids: Sequence, start: int, stop: int, count: str) -> np.ndarray:
+    """Score [layer, head] of one instance from the most attended key [layer, head, step] of every decoding step; the
+    tokens `produced` at each step and those of the context are ids or texts."""
     copied = np.zeros((*top.shape[:2], stop - start))
     context = np.asarray(ids)
     for step, token in enumerate(produced):
@@ -137,35 +183,3 @@ def hits(top: np.ndarray, produced: Sequence[int], ids: Sequence[int], start: in
     if count == "set":
         copied = copied > 0
     return copied.sum(-1) / (stop - start)
-
-
-@torch.no_grad()
-def prefill(opened: Opened, hidden: Hidden) -> Any:
-    """The cache after a plain forward of all tokens but the last."""
-    keep = {"logits_to_keep": 1} if accepts(opened.model, "logits_to_keep") else {}
-    return opened.model(input_ids=hidden.ids[:, :-1], use_cache=True, **keep).past_key_values
-
-
-@torch.no_grad()
-def answer(
-    opened: Opened, hidden: Hidden, state: Any, max_new: int, edits: Sequence[Edit] = ()
-) -> tuple[float, list[int], xr.DataArray]:
-    """Greedy decoding from a prefilled cache (it grows) until the answer is complete, a line ends or `max_new` tokens
-    are there: ROUGE-1 recall, the tokens, and the most attended key of every step as [layer, head, step]. The query of
-    step t is the token before the t-th generated one. `edits` act while decoding only."""
-    model, tokenizer, ids = opened.model, opened.tokenizer, hidden.ids
-    produced: list[int] = []
-    found = 0.0
-    step = ids[:, -1:]
-    with attend(opened, readings=[Top(1, stream="text")], edits=edits) as run:
-        while len(produced) < max_new and found < 1:
-            seen = model(input_ids=step, past_key_values=state, use_cache=True)
-            state, token = seen.past_key_values, int(seen.logits[0, -1].argmax())
-            produced.append(token)
-            said = tokenizer.decode(produced, skip_special_tokens=True)
-            found = recall(said, hidden.needle.answer)
-            if token in tokenizer.all_special_ids or "\n" in said.lstrip():
-                break
-            step = torch.tensor([[token]], device=ids.device)
-    tops = run.tree["text"]["top_index"].isel(sample=0, rank=0).transpose("layer", "head", "query")
-    return found, produced, tops.rename(query="step")

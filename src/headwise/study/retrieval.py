@@ -13,7 +13,7 @@ from headwise import scan
 from headwise.attention import Blend
 from headwise.models import Opened, open_model
 from headwise.paper import Paper
-from headwise.scan.retrieval import answer, prefill
+from headwise.scan.needles import answer, prefill
 from headwise.study.finding import Finding
 from headwise.study.registry import study
 
