@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from headwise.attention.mask import Mask
+from headwise.attention.once import numbers, on
 
 if TYPE_CHECKING:
     from headwise.attention.rope import Rotary
@@ -48,12 +49,33 @@ class AttentionCall:
     """The rotation q and k went through, where an edit wants to turn them again."""
     head_ids: list[int] | None = None
     """The numbers of the heads in q, where q holds some of the layer's only."""
+    host_i: Int[Tensor, " query"] | None = None
+    """`i` on the CPU, where reading a position waits for no device."""
 
     def __post_init__(self) -> None:
         if self.i is None:
             self.i = torch.arange(self.q.shape[2], device=self.q.device)
+        if self.host_i is None and self.i.device.type == "cpu":
+            self.host_i = self.i
         if self.head_ids is None:
             self.head_ids = list(range(self.q.shape[1]))
+
+    @property
+    def places(self) -> Int[Tensor, " query"]:
+        """Absolute positions of the queries, on the CPU."""
+        if self.host_i is None:
+            self.host_i = self.i.cpu()
+        return self.host_i
+
+    @property
+    def first(self) -> int:
+        """The first query's position."""
+        return int(self.places[0])
+
+    @property
+    def last(self) -> int:
+        """The last query's position."""
+        return int(self.places[-1])
 
     @property
     def batch(self) -> int:
@@ -85,7 +107,8 @@ class AttentionCall:
         """The same call for some of its queries (places, not positions) and heads only."""
         call = self
         if rows is not None:
-            rows = rows.to(self.q.device)
+            places = None if rows.is_cuda else self.places[rows]
+            rows = on(rows, self.q.device)
             mask = self.mask
             mask = replace(
                 mask,
@@ -98,13 +121,14 @@ class AttentionCall:
                 call,
                 q=call.q[:, :, rows],
                 i=call.i[rows],
+                host_i=places,
                 mask=mask,
                 bias=pick(call.bias, 2, rows),
                 query_valid=None if call.query_valid is None else call.query_valid[:, rows],
                 labels=labels,
             )
         if heads is not None:
-            index = torch.tensor(heads, device=self.q.device)
+            index = numbers(tuple(heads), self.q.device)
             kv = index // self.group
             mask = replace(call.mask, allowed=pick(call.mask.allowed, 1, index), added=pick(call.mask.added, 1, index))
             call = replace(

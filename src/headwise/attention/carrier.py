@@ -44,7 +44,7 @@ class Carrier(torch.Tensor):
 
     @staticmethod
     def of(spec: Spec, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Carrier:
-        empty = torch.zeros((), dtype=dtype, device=device).expand(shape)
+        empty = torch.empty((), dtype=dtype, device=device).expand(shape)
         carrier = torch.Tensor._make_subclass(Carrier, empty)
         carrier.spec = spec
         return carrier

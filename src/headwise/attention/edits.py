@@ -127,12 +127,18 @@ class Reweight(Edit):
         if not callable(self.rule):
             raise HeadwiseError(f"Reweight(rule=...) must be a function of the masses; got {self.rule!r}.")
 
-    def weights(self, masses: Tensor) -> Tensor:
+    def factors(self, masses: Tensor) -> Tensor:
+        """The rule's weights, of which only the shape is looked at."""
         weights = self.rule(masses)
         if weights.shape != masses.shape:
             raise HeadwiseError(
                 f"Reweight(rule=...) must return weights of shape {tuple(masses.shape)}; got {tuple(weights.shape)}."
             )
+        return weights
+
+    def weights(self, masses: Tensor) -> Tensor:
+        """The rule's weights, looked at."""
+        weights = self.factors(masses)
         if not bool(((weights >= 0) & weights.isfinite()).all()):
             raise HeadwiseError("Reweight(rule=...) returned weights that are negative or not finite.")
         return weights

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from headwise.attention.call import AttentionCall
 from headwise.attention.edits import Blend, Edit, HeadGain, Rebase, Reweight, ScoreBias, ScoreMap, Shift
+from headwise.attention.once import numbers, on
 from headwise.attention.readings import RELATIVE_LAGS, window_size
 from headwise.attention.rope import rebase
 from headwise.errors import HeadwiseError
@@ -18,12 +20,19 @@ from headwise.errors import HeadwiseError
 
 @dataclass(frozen=True)
 class KeySet:
-    """Some of a call's keys: a mask over them, or the gaps i - j that count (relative segments)."""
+    """Some of a call's keys: a segment, any set, or the gaps i - j that count (relative segments)."""
 
-    mask: Bool[Tensor, "#batch key"] | None = None
+    given: Bool[Tensor, "#batch key"] | None = None
     gap: tuple[int, int] | None = None
     label: int | None = None
     """Which of the call's segments this is, where it is one: the fused kernels work with labels, not masks."""
+    labels: Int[Tensor, "#batch key"] | None = None
+    """The segment of every key."""
+
+    @cached_property
+    def mask(self) -> Bool[Tensor, "#batch key"] | None:
+        """Which keys these are; None where that depends on the query."""
+        return self.given if self.labels is None or self.label is None else self.labels.eq(self.label)
 
     def block(self, i: Int[Tensor, " row"], j0: int, start: int, stop: int) -> Bool[Tensor, "#batch one #row column"]:
         if self.gap is None:
@@ -44,9 +53,9 @@ def key_set(call: AttentionCall, name: str) -> KeySet:
     """The keys a segment name means in this call."""
     if call.labels is not None and name in call.labels.names:
         label = call.labels.names.index(name)
-        return KeySet(mask=call.labels.keys == label, label=label)
+        return KeySet(label=label, labels=call.labels.keys)
     if name == "first":
-        return KeySet(mask=(torch.arange(call.keys, device=call.q.device) + call.j0 == 0)[None])
+        return KeySet(given=(torch.arange(call.keys, device=call.q.device) + call.j0 == 0)[None])
     if name in RELATIVE_LAGS:
         return KeySet(gap=(RELATIVE_LAGS[name],) * 2)
     width = window_size(name)
@@ -116,11 +125,11 @@ class Effects:
         def fewer(effect):
             queries = effect.queries
             if queries is not None and rows is not None:
-                queries = queries[:, rows.to(queries.device)]
+                queries = queries[:, on(rows, queries.device)]
             chosen = effect.heads
             if heads is not None:
-                places = [heads.index(int(h)) for h in chosen if int(h) in heads]
-                chosen = torch.tensor(places, dtype=torch.long, device=chosen.device)
+                places = [heads.index(h) for h in chosen.tolist() if h in heads]
+                chosen = numbers(tuple(places), chosen.device)
             return replace(effect, queries=queries, heads=chosen)
 
         picked = [[fewer(e) for e in kind] for kind in (self.maps, self.biases, self.weighs)]
@@ -138,7 +147,7 @@ def resolve(call: AttentionCall, edits: Sequence[tuple[Edit, list[int]]]) -> Eff
             call = rebase(call, edit, heads)
     effects = Effects(call)
     for edit, heads in edits:
-        index = torch.tensor(heads, device=device)
+        index = numbers(tuple(heads), device)
         if isinstance(edit, ScoreMap):
             keys = None if edit.keys is None else key_set(call, edit.keys)
             effects.maps.append(Map_(edit.fn, index, keys, query_mask(call, edit.queries)))
@@ -156,16 +165,13 @@ def resolve(call: AttentionCall, edits: Sequence[tuple[Edit, list[int]]]) -> Eff
 def _bias(call: AttentionCall, edit: ScoreBias, index: Tensor) -> Bias:
     vector, keys = None, None
     if isinstance(edit.keys, Tensor):
-        vector = edit.keys.to(call.q.device)
+        vector = on(edit.keys, call.q.device)
         if call.j0 or len(vector) != call.keys:
             # The vector speaks of positions: keys past its end (generated later) get no bias.
-            position = torch.arange(call.keys, device=call.q.device) + call.j0
-            if len(vector) > int(position[-1]) + 1:
-                raise HeadwiseError(
-                    f"ScoreBias(keys=...) has {len(vector)} entries, but the text has {int(position[-1]) + 1} tokens."
-                )
-            padded = torch.cat([vector, vector.new_zeros(max(0, int(position[-1]) + 1 - len(vector)))])
-            vector = padded[position]
+            length = call.j0 + call.keys
+            if len(vector) > length:
+                raise HeadwiseError(f"ScoreBias(keys=...) has {len(vector)} entries, but the text has {length} tokens.")
+            vector = torch.cat([vector, vector.new_zeros(length - len(vector))])[call.j0 :]
     elif edit.keys is not None:
         keys = key_set(call, edit.keys)
     names = call.labels.names if call.labels is not None else ()
@@ -181,7 +187,7 @@ def expand_kv(call: AttentionCall) -> AttentionCall:
 
 
 def shifted(call: AttentionCall, edit: Shift, heads: list[int]) -> AttentionCall:
-    index = torch.tensor(heads, device=call.q.device)
+    index = numbers(tuple(heads), call.q.device)
 
     def moved(x: Tensor, d: Tensor, tokens: Tensor | None, what: str) -> Tensor:
         if d.shape[-1] != x.shape[-1] or d.ndim > 2 or (d.ndim == 2 and len(d) != len(heads)):
@@ -235,7 +241,7 @@ def _target(call: AttentionCall, edit: Blend, index: Tensor, uniform: Callable[[
         share = (valid / valid.sum(1, keepdim=True).clamp(min=1)).to(part.v)
         return (part.v * share[:, None, :, None]).sum(2, keepdim=True)
     own = call.i - call.j0
-    if int(own.min()) < 0 or int(own.max()) >= call.keys:
+    if call.first < call.j0 or call.last >= call.j0 + call.keys:
         raise HeadwiseError(
             f'Blend(target="own") needs self-attention; {call.site and call.site.name} attends elsewhere.'
         )

@@ -9,9 +9,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
+from functools import cache
 from importlib.util import find_spec
 
 import torch
@@ -23,6 +24,7 @@ from headwise.attention.dense import Values, dense
 from headwise.attention.edits import Edit
 from headwise.attention.effects import Effects, finish, resolve
 from headwise.attention.mask import Mask
+from headwise.attention.once import on
 from headwise.attention.readings import HeadOutput, Inputs, Reading
 from headwise.attention.stream import stream
 from headwise.errors import HeadwiseError
@@ -49,9 +51,19 @@ def force_path(path: str) -> Iterator[None]:
         _forced.reset(token)
 
 
+def forced_path() -> str | None:
+    """The path `force_path` asks for."""
+    return _forced.get()
+
+
+@cache
+def has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
 @dataclass(frozen=True)
 class Part:
-    """A reading, for the rows and heads (places in the call; None = all) it wants of this call."""
+    """A reading, for the rows (places in the call, on the CPU) and heads it wants of this call; None = all."""
 
     reading: Reading
     rows: Tensor | None = None
@@ -59,8 +71,8 @@ class Part:
 
     @property
     def where(self) -> tuple:
-        rows = None if self.rows is None else tuple(self.rows.tolist())
-        return rows, self.heads
+        """Equal for parts that can be read together: readings that ask for the same rows share the tensor."""
+        return None if self.rows is None else id(self.rows), self.heads
 
 
 @dataclass
@@ -117,7 +129,7 @@ def partial(effects: Effects, parts: Sequence[Part]) -> dict[int, Values]:
 def choose(effects: Effects, reads_all: bool) -> tuple[str, str]:
     """The path for a call, and the reason in words."""
     call = effects.call
-    forced = _forced.get()
+    forced = forced_path()
     if forced is not None:
         return forced, "asked for by force_path"
     if torch.is_grad_enabled() and any(x.requires_grad for x in (call.q, call.k, call.v)):
@@ -139,7 +151,7 @@ def choose(effects: Effects, reads_all: bool) -> tuple[str, str]:
 
 def fused_can(effects: Effects) -> tuple[bool, str]:
     """Whether the Triton kernels can do this call, and if not, why."""
-    if find_spec("triton") is None:
+    if not has_triton():
         return False, "the fused kernels need triton, which is not installed"
     from headwise.attention.fused_path import fusable
 
@@ -150,7 +162,10 @@ def fused(effects: Effects, readings: Sequence[Reading], output: bool) -> tuple[
     # Imported here: triton is not installed everywhere.
     from headwise.attention.fused_path import fused as attend
 
-    return attend(effects, readings, output)
+    device = effects.call.q.device
+    # Triton launches on the current device, a model may be spread over several.
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        return attend(effects, readings, output)
 
 
 def library_can(effects: Effects) -> bool:
@@ -169,9 +184,9 @@ def library_form(call: AttentionCall) -> str | None:
     mask = call.mask
     if any(x is not None for x in (mask.left, mask.key_valid, mask.rule, mask.allowed, mask.added, mask.indices)):
         return None
-    if mask.right is None or (call.queries == 1 and call.j0 + call.keys - 1 <= int(call.i[0]) + mask.right):
+    if mask.right is None or (call.queries == 1 and call.j0 + call.keys - 1 <= call.first + mask.right):
         return "full"
-    square = mask.right == 0 and call.queries == call.keys and int(call.i[0]) == call.j0
+    square = mask.right == 0 and call.queries == call.keys and call.first == call.j0
     return "causal" if square else None
 
 
@@ -267,7 +282,7 @@ def plain(part: Part, call: AttentionCall, out: Tensor) -> Values:
 
 def _pick(x: Tensor, part: Part) -> Tensor:
     x = x if part.heads is None else x[:, list(part.heads)]
-    return x if part.rows is None else x[:, :, part.rows.to(x.device)]
+    return x if part.rows is None else x[:, :, on(part.rows, x.device)]
 
 
 PATHS: dict[str, Path] = {

@@ -20,6 +20,7 @@ from headwise.attention.fused_kernels import forward
 from headwise.attention.fused_merge import merge
 from headwise.attention.fused_runs import group_tiles
 from headwise.attention.fused_types import SEGMENTS, WANTS, FusedCall, FusedResult, supports
+from headwise.attention.once import numbers
 from headwise.errors import HeadwiseError
 
 LOG2E = 1.4426950408889634
@@ -115,12 +116,6 @@ def _check(call: FusedCall) -> None:
         raise HeadwiseError("want= asks for masses of segments, so key_labels= must be given.")
     if call.bias_table is not None and (call.key_labels is None or call.query_labels is None):
         raise HeadwiseError("bias_table= speaks of segments, so key_labels= and query_labels= must be given.")
-
-
-@lru_cache
-def numbers(values: tuple[int, ...], device: torch.device) -> Int[Tensor, " value"]:
-    """Copied to the device once, not at every token of a generation."""
-    return torch.tensor(values, dtype=torch.int64, device=device)
 
 
 @lru_cache

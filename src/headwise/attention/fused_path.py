@@ -134,11 +134,9 @@ def lower(effects: Effects, want: frozenset[str], tables: bool = True) -> FusedC
 
 def positions(call: AttentionCall) -> tuple[int, Int[Tensor, " query"] | None]:
     """Where the queries start, and all their places where they are not one after the other."""
-    i = call.i
-    if len(i) == 1:
-        return int(i[0]) - call.j0, None
-    first, regular = torch.stack([i[0], (i.diff() == 1).all().to(i.dtype)]).tolist()
-    return int(first) - call.j0, None if regular else (i - call.j0).int()
+    first = call.first
+    regular = call.last - first + 1 == call.queries
+    return first - call.j0, None if regular else (call.i - call.j0).int()
 
 
 def segment_biases(effects: Effects, lowered: FusedCall) -> None:
@@ -234,7 +232,7 @@ def mass_of(name: str, call: AttentionCall, lowered: FusedCall, result: FusedRes
 def visible_queries(call: AttentionCall, lowered: FusedCall) -> Float[Tensor, "batch key"]:
     """How many valid queries the mask lets see each key, by counting queries up to a position."""
     valid = call.valid()
-    span = int(call.i.max()) - call.j0 + 1
+    span = call.last - call.j0 + 1
     at = torch.zeros(call.batch, max(span, 1) + 1, device=call.q.device)
     place = (call.i - call.j0).clamp(min=-1) + 1
     at.index_add_(1, place, valid.to(at.dtype))

@@ -4,16 +4,14 @@ The Hopper kernel walks runs instead of labels. The table depends on the labels 
 labels and found again by every layer of a forward pass.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
-T = TypeVar("T")
+from headwise.attention.once import once
+
 SEGMENTS = 32
 MANY = 1 << 8
 """Set in a run's label when the label occurs in more than one run: its mass is then merged, not stored."""
@@ -31,19 +29,6 @@ class Runs:
     @property
     def count(self) -> int:
         return self.table.shape[1]
-
-
-_known: WeakIdKeyDictionary = WeakIdKeyDictionary()
-
-
-def once(labels: Tensor, what: str, make: Callable[..., T], *arguments: int) -> T:
-    """`make(labels, *arguments)`, kept as long as the tensor lives and is not written to."""
-    version = labels._version if not labels.is_inference() else 0
-    known = _known.setdefault(labels, {})
-    key = (what, version, *arguments)
-    if key not in known:
-        known[key] = make(labels, *arguments)
-    return known[key]
 
 
 def runs_of(labels: Int[Tensor, "batch key"], segments: int, tile: int) -> Runs:

@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from headwise.attention.call import AttentionCall, Labels
 from headwise.attention.edits import Edit, Rebase
 from headwise.attention.engine import Part, Result
+from headwise.attention.incoming import Frame
+from headwise.attention.label_table import LabelTable
 from headwise.attention.memory import give_back
 from headwise.attention.readings import Reading, sample_queries
 from headwise.attention.rope import find_rotary
-from headwise.attention.seam import Frame, Session, joined
+from headwise.attention.seam import Session, joined
 from headwise.attention.tally import Tally
 from headwise.errors import HeadwiseError
 from headwise.models.anatomy import Site
@@ -67,6 +69,8 @@ class Run:
     paths: dict[str, tuple[str, str]] = field(default_factory=dict, repr=False)
     forwards: int = 0
     _labels: dict[tuple, Labels] = field(default_factory=dict, repr=False)
+    _rows: dict[tuple, tuple[Tensor, Tensor | None]] = field(default_factory=dict, repr=False)
+    _tables: dict[tuple[str, torch.device], LabelTable] = field(default_factory=dict, repr=False)
     _rotary: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -120,11 +124,11 @@ class Run:
     def begin(self) -> None:
         self.forwards += 1
         self._labels.clear()
+        self._rows.clear()
 
     def ask(self, call: AttentionCall, site: Site, number: int, frame: Frame) -> Asked:
         """The parts and edits this run has for one call of a site."""
         labels = self.labels(call, site, frame)
-        valid = call.valid()
         readings, parts = [], []
         for reading in self.readings:
             layers, heads = reading.chosen_layers, reading.chosen_heads
@@ -133,9 +137,8 @@ class Run:
             heads = None if heads is None else tuple(h for h in heads if h < call.heads)
             if heads == ():
                 continue
-            rows = self.rows(reading, call, valid)
             readings.append(reading)
-            parts.append(Part(reading, rows, heads))
+            parts.append(Part(reading, self.rows(reading, call), heads))
         edits = []
         for edit in self.edits:
             if site.stream == (edit.stream or self.main):
@@ -154,41 +157,51 @@ class Run:
         streams = [site.stream for site in self.session.sites]
         return "text" if "text" in streams else streams[0]
 
-    def rows(self, reading: Reading, call: AttentionCall, valid: Tensor) -> Tensor | None:
-        if reading.queries == "all":
+    def rows(self, reading: Reading, call: AttentionCall) -> Tensor | None:
+        """The queries a reading wants, as places in the call, on the CPU; None for all of them."""
+        wanted = reading.queries
+        if wanted == "all" or (isinstance(wanted, int) and wanted >= call.queries):
             return None
-        if isinstance(reading.queries, int):
-            if reading.queries >= call.queries:
-                return None
-            return sample_queries(reading.queries, valid, self.seed + self.forwards)
-        last = int(call.i[-1]) + 1
-        wanted = torch.tensor([p if p >= 0 else last + p for p in reading.queries])
-        return torch.isin(call.i.cpu(), wanted).nonzero().flatten()
+        # All layers of a forward get the same rows, in one tensor: what is made from it is made once.
+        key = (wanted, call.queries, call.first, id(call.query_valid))
+        if key not in self._rows:
+            if isinstance(wanted, int):
+                valid = torch.ones(1, call.queries) if call.query_valid is None else call.query_valid.cpu()
+                rows = sample_queries(wanted, valid.bool(), self.seed + self.forwards)
+            else:
+                last = call.last + 1
+                places = torch.tensor([p if p >= 0 else last + p for p in wanted])
+                rows = torch.isin(call.places, places).nonzero().flatten()
+            self._rows[key] = rows, call.query_valid
+        return self._rows[key][0]
 
     def labels(self, call: AttentionCall, site: Site, frame: Frame) -> Labels | None:
         """Segment numbers of this call's keys and queries, from the run's segments or from positions alone."""
         given = self.segments.get(site.stream)
-        key = (site.stream, call.batch, call.keys, call.queries, call.j0, int(call.i[0]), given is None)
+        first, last = call.first, call.last
+        key = (site.stream, site.kind, call.batch, call.keys, call.queries, call.j0, first, last)
         if key in self._labels:
             return self._labels[key]
-        last = max(call.j0 + call.keys, int(call.i[-1]) + 1)
-        if given is None:
-            segments = Segments.positions(last)
+        if given is not None and frame.past == 0 and site.kind == "self":
+            given.validate(last + 1)
+        length = max(call.j0 + call.keys, last + 1)
+        known = self.known(site.stream, call.q.device)
+        table = known.table(length, call.batch)
+        keys = table[:, call.j0 : call.j0 + call.keys].contiguous()
+        if site.kind != "self":
+            queries = torch.zeros_like(call.i)[None]
+        elif last - first + 1 == call.queries:
+            queries = table[:, first : last + 1].contiguous()
         else:
-            if frame.past == 0 and site.kind == "self":
-                given.validate(int(call.i[-1]) + 1)
-            segments = given if last <= given.length else given.extend(last, name="generated")
-        table = segments.labels.to(call.q.device)
-        table = table[None] if table.ndim == 1 else table
-        if call.batch % len(table):
-            raise HeadwiseError(f"segments are for {len(table)} samples, but the batch has {call.batch}.")
-        if len(table) > 1:
-            table = table.repeat_interleave(call.batch // len(table), 0)
-        keys = table[:, torch.arange(call.keys, device=table.device) + call.j0]
-        queries = table[:, call.i] if site.kind == "self" else torch.zeros_like(call.i)[None]
-        labels = Labels(tuple(segments.names), keys, queries)
-        self._labels[key] = labels
+            queries = table[:, call.i]
+        labels = self._labels[key] = Labels(known.names(length), keys, queries)
         return labels
+
+    def known(self, stream: str, device: torch.device) -> LabelTable:
+        """The stream's labels on this device."""
+        if (stream, device) not in self._tables:
+            self._tables[stream, device] = LabelTable(self.segments.get(stream), device)
+        return self._tables[stream, device]
 
     def take(self, asked: Asked, call: AttentionCall, result: Result, values: Sequence[dict[str, Tensor]]) -> None:
         """Folds one call's values into the run."""
@@ -202,6 +215,8 @@ class Run:
 
     def check(self) -> None:
         """On leaving: an edit took effect or raises, a reading that missed layers says so."""
+        if self.session.flagged():
+            raise HeadwiseError("Reweight(rule=...) returned weights that are negative or not finite.")
         missed = [r for r in self.report if r.status in ("bypassed", "refused")]
         for edit in self.edits:
             for row in missed:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache
@@ -16,13 +15,16 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from headwise.attention.call import AttentionCall
 from headwise.attention.carrier import Carrier, carry
 from headwise.attention.engine import run_call
 from headwise.attention.function_mode import FunctionMode
-from headwise.attention.mask import Mask
+from headwise.attention.incoming import Frame, describe, past_length
+from headwise.attention.steps import Step, make_step
 from headwise.errors import HeadwiseError
 from headwise.models.anatomy import Site, attention_kind, find_sites, guess_stream
 
@@ -42,16 +44,6 @@ PADDED = ("text", "encoder")
 """Streams whose tokens the model's own `attention_mask` argument is about."""
 
 
-class Frame:
-    """One forward of the whole model: which sites were called, how much came before it in a cache, and the padding."""
-
-    def __init__(self, past: int, padding: Any = None):
-        self.past = past
-        padded = isinstance(padding, Tensor) and padding.ndim == 2 and not bool(padding.all())
-        self.padding: Tensor | None = padding.bool() if padded else None
-        self.calls: Counter[str] = Counter()
-
-
 class Session:
     """One attached model: its sites, the open runs, and the forward under way."""
 
@@ -63,6 +55,8 @@ class Session:
         self.how = {site.name: entrance(site.module) for site in self.sites}
         self.runs: list[Run] = []
         self.frame: Frame | None = None
+        self.steps: dict[nn.Module, Step] = {}
+        self.flags: dict[torch.device, Tensor] = {}
         self.depth = 0
         self.stack: list[nn.Module] = []
         self.ran: set[str] = set()
@@ -120,10 +114,22 @@ class Session:
             for module in entrances:
                 stack.callback(module.register_forward_pre_hook(self._enter, with_kwargs=True, prepend=True).remove)
                 stack.callback(module.register_forward_hook(self._leave, always_call=True).remove)
-            for module in self.names if every else [s.module for s in self.sites]:
+            for module in self.names if every else ():
                 stack.callback(module.register_forward_pre_hook(self._push).remove)
                 stack.callback(module.register_forward_hook(self._pop, always_call=True).remove)
+            for site in self.sites:
+                stack.callback(self._watch(site).remove)
             yield
+
+    def _watch(self, site: Site) -> RemovableHandle:
+        """Notes that a site was run, once: a hook costs time at every call."""
+
+        def saw(module: nn.Module, args: Any) -> None:
+            self.ran.add(site.name)
+            handle.remove()
+
+        handle = site.module.register_forward_pre_hook(saw)
+        return handle
 
     def _encoders(self) -> set[nn.Module]:
         """Sub-models that generate() calls by themselves, outside a forward of the whole."""
@@ -148,9 +154,6 @@ class Session:
 
     def _push(self, module: nn.Module, args: Any) -> None:
         self.stack.append(module)
-        site = self.by_module.get(module)
-        if site is not None:
-            self.ran.add(site.name)
 
     def _pop(self, module: nn.Module, args: Any, output: Any) -> None:
         while self.stack and self.stack.pop() is not module:
@@ -163,15 +166,18 @@ class Session:
                 return module
         return self.stack[-1] if self.stack else self.model
 
-    def call(self, call: AttentionCall, module: nn.Module, how: str) -> Tensor:
-        """One attention call through all open runs: [batch, heads, query, value_dim]."""
+    def call(
+        self, call: AttentionCall, module: nn.Module, how: str, given: dict[str, Any] | None = None
+    ) -> Float[Tensor, "batch heads query value_dim"]:
+        """One attention call through all open runs. `given`: what a model hands over with every call of a site, where
+        the next one may be a `Step`."""
         site = call.site = self.site_of(module, call.q, call.k, call.v)
         frame = self.frame or Frame(0)
         number = frame.calls[site.name]
         frame.calls[site.name] += 1
         if call.query_valid is None and frame.padding is not None and site.kind == "self" and site.stream in PADDED:
             # The mask came as plain numbers: what the model was called with still tells tokens from padding.
-            call.query_valid = query_validity(frame.padding, int(call.i[0]), call.queries, call.batch)
+            call.query_valid = frame.valid(frame.padding, call.first, call.queries, call.batch)
         asked = [run.ask(call, site, number, frame) for run in self.runs]
         edits = [pair for ask in asked for pair in ask.edits]
         parts = [part for ask in asked for part in ask.parts]
@@ -184,7 +190,32 @@ class Session:
         for run, ask in zip(self.runs, asked, strict=True):
             run.take(ask, call, result, result.values[position : position + len(ask.parts)])
             position += len(ask.parts)
+        if call.queries == 1 and frame.past and not parts and given is not None:
+            self._plan(call, edits, module, given)
         return result.out
+
+    def _plan(self, call: AttentionCall, edits: list, module: nn.Module, given: dict[str, Any]) -> None:
+        """The next tokens of this site can go a quicker way, if there is one."""
+        assert call.site is not None
+        known = self.runs[-1].known(call.site.stream, call.q.device)
+        step = make_step(call, edits, given, known, self.flag)
+        if step is not None:
+            self.steps[module] = step
+            for run in self.runs:
+                run.paths[call.site.name] = (step.path, step.reason)
+
+    def flag(self, device: torch.device) -> Tensor:
+        """A number on the device that becomes 1 when a rule of Reweight gives what it must not."""
+        if device not in self.flags:
+            self.flags[device] = torch.zeros(1, dtype=torch.int32, device=device)
+        return self.flags[device]
+
+    def flagged(self) -> bool:
+        """Whether a flag was raised since this was asked last."""
+        raised = [flag for flag in self.flags.values() if flag.item()]
+        for flag in raised:
+            flag.zero_()
+        return bool(raised)
 
 
 def entrance(module: nn.Module) -> str:
@@ -209,18 +240,6 @@ def _entrance(kind: type, processor: type | None) -> str:
     if not text or any(name in text for name in ENTERED):
         return "function-mode"
     return f"none: {kind.__name__} multiplies its attention out by hand"
-
-
-def past_length(kwargs: dict) -> int:
-    """Tokens already in the cache a forward was given."""
-    cache = kwargs.get("past_key_values")
-    if cache is None:
-        cache = kwargs.get("cache_params")
-    length = getattr(cache, "get_seq_length", None)
-    try:
-        return int(length()) if length is not None else 0
-    except (TypeError, ValueError, IndexError):
-        return 0
 
 
 @contextmanager
@@ -280,98 +299,21 @@ def registered(
         raise HeadwiseError(
             f"{type(module).__name__} was put into the model after attend began: enter attend again to reach it."
         )
+    step, frame = session.steps.get(module), session.frame
+    if step is not None and frame is not None:
+        quick = step(frame, query, key, value, attention_mask, kwargs)
+        if quick is not None:
+            return quick, None
     if kwargs.get("cache") is not None and hasattr(kwargs["cache"], "update"):
         key, value = kwargs["cache"].update(key, value, getattr(module, "layer_idx", 0), kwargs)
     if kwargs.get("dropout"):
         raise HeadwiseError(f"{session.names[module]} uses attention dropout: call model.eval() before attend.")
-    call = describe(session, module, query, key, value, attention_mask, kwargs)
-    out = session.call(call, module, "registry")
+    causal = kwargs.get("is_causal")
+    causal = getattr(module, "is_causal", False) if causal is None else causal
+    cross = session.kind_of(module) == "cross"
+    call = describe(frame or Frame(0), cross, bool(causal), query, key, value, attention_mask, kwargs)
+    out = session.call(call, module, "registry", kwargs)
     return out.transpose(1, 2).contiguous(), None
-
-
-def describe(
-    session: Session, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, given: Any, kwargs: dict[str, Any]
-) -> AttentionCall:
-    """An AttentionCall from what transformers hands over; its order of score operations is the contract's."""
-    scale = kwargs.get("scaling")
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    past = session.frame.past if session.frame is not None else 0
-    keys, queries = k.shape[2], q.shape[2]
-    bias = kwargs.get("position_bias")
-    if isinstance(bias, Tensor) and bias.shape[-1] > keys:
-        bias = bias[..., :keys]
-    sinks = kwargs.get("s_aux")
-    indices = kwargs.get("indices")
-    mask, offset, j0, valid = read_mask(given, q, keys, queries, past)
-    if session.kind_of(module) == "cross":
-        # The mask knows the keys (another sequence) and how they are padded; the queries go on from the cache.
-        offset, valid = past, None
-    if given is None:
-        causal = kwargs.get("is_causal")
-        causal = getattr(module, "is_causal", False) if causal is None else causal
-        if causal and queries > 1:
-            mask.right = 0
-            offset = keys - queries
-    if isinstance(indices, Tensor):
-        mask.indices = indices.long()
-    return AttentionCall(
-        q=q,
-        k=k,
-        v=v,
-        scale=scale,
-        mask=mask,
-        softcap=kwargs.get("softcap"),
-        sinks=sinks,
-        bias=bias,
-        i=torch.arange(queries, device=q.device) + offset,
-        j0=j0,
-        query_valid=valid,
-    )
-
-
-def read_mask(given: Any, q: Tensor, keys: int, queries: int, past: int) -> tuple[Mask, int, int, Tensor | None]:
-    """A mask in any form a model hands over: None, our carrier, a bool or additive tensor, a BlockMask."""
-    if given is None:
-        return Mask(batch=q.shape[0]), past, 0, None
-    if isinstance(given, Carrier):
-        spec = given.spec
-        mask = fitted(spec.mask, keys, q.shape[0])
-        rows = given.shape[2]
-        start = spec.offset + rows - queries if rows >= queries else spec.offset
-        return mask, start, spec.j0, query_validity(spec.padding, start, queries, q.shape[0])
-    if not isinstance(given, Tensor):
-        mod = getattr(given, "mask_mod", None)
-        if mod is None:
-            raise HeadwiseError(f"The attention mask is a {type(given).__name__}, which headwise can't read.")
-        return Mask(rule=mod, vmap=True, batch=q.shape[0]), past, 0, None
-    mask = Mask(batch=q.shape[0])
-    tensor = given if given.ndim == 4 else given[None] if given.ndim == 3 else given[None, None]
-    tensor = tensor[..., :keys]
-    if tensor.dtype == torch.bool:
-        mask.allowed = tensor
-    else:
-        mask.added = tensor
-    return mask, past, 0, None
-
-
-def fitted(mask: Mask, keys: int, batch: int) -> Mask:
-    """A carrier's mask for a layer whose keys are fewer or more than were asked for (evicted, shared, beams)."""
-    if mask.key_valid is not None and mask.key_valid.shape[1] != keys:
-        if mask.key_valid.shape[1] < keys:
-            raise HeadwiseError(
-                f"A layer has {keys} keys, but the padding mask knows {mask.key_valid.shape[1]}: pass an "
-                "attention_mask for all of them."
-            )
-        return Mask(mask.left, mask.right, mask.key_valid[:, :keys], mask.rule, mask.vmap, batch=batch)
-    return mask
-
-
-def query_validity(padding: Tensor | None, start: int, queries: int, batch: int) -> Tensor | None:
-    """Which queries are tokens and not padding, as far as the padding mask reaches."""
-    if padding is None or padding.ndim != 2 or padding.shape[1] < start + queries or padding.shape[0] != batch:
-        return None
-    valid = padding[:, start : start + queries]
-    return None if bool(valid.all()) else valid
 
 
 _open: WeakKeyDictionary[nn.Module, Session] = WeakKeyDictionary()
@@ -383,10 +325,12 @@ def joined(model: nn.Module, run: Run, sites: list[Site] | None) -> Iterator[Ses
     session = _open.get(model)
     if session is not None:
         session.runs.append(run)
+        session.steps.clear()
         try:
             yield session
         finally:
             session.runs.remove(run)
+            session.steps.clear()
         return
     session = Session(model, sites)
     session.runs.append(run)

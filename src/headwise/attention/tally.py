@@ -16,6 +16,7 @@ from torch import Tensor
 
 from headwise.attention.call import AttentionCall
 from headwise.attention.engine import Part
+from headwise.attention.once import on
 from headwise.attention.readings import At, Inputs, Mass, Propagate, Reading, Received, Scores, SegmentEntropy, concrete
 from headwise.models.anatomy import Site
 
@@ -126,7 +127,7 @@ class Tally:
         x = x.detach().double()
         valid = call.valid()
         if along == "query":
-            valid = valid if part.rows is None else valid[:, part.rows.to(valid.device)]
+            valid = valid if part.rows is None else valid[:, on(part.rows, valid.device)]
             if valid.shape[1] != x.shape[2]:
                 valid = torch.ones(x.shape[0], x.shape[2], dtype=torch.bool, device=x.device)
             over: tuple[int, ...] = (0, 2)
@@ -184,7 +185,9 @@ class Tally:
 
 def without_padding(x: Tensor, part: Part, call: AttentionCall) -> Tensor:
     """Rows of padding are no queries: nan, or -1 for places."""
-    valid = call.valid() if part.rows is None else call.valid()[:, part.rows.to(x.device)]
+    if call.query_valid is None:
+        return x
+    valid = call.valid() if part.rows is None else call.valid()[:, on(part.rows, x.device)]
     if valid.shape[1] != x.shape[2] or bool(valid.all()):
         return x
     gone = ~valid.reshape(len(valid), 1, -1, *(1,) * (x.ndim - 3))
@@ -206,7 +209,7 @@ def where(reading: Reading, name: str, part: Part, call: AttentionCall, x: Tenso
         return "key", np.arange(call.keys) + call.j0
     if isinstance(reading, (At, Scores)) and reading.kind == "pair":
         return "pair", np.arange(x.shape[2])
-    positions = call.i if part.rows is None else call.i[part.rows.to(call.i.device)]
+    positions = call.places if part.rows is None else call.places[part.rows]
     if isinstance(reading, Inputs) and not name.startswith("input_q") and x.shape[2] != len(positions):
         return "query", np.arange(call.keys) + call.j0
-    return "query", positions.cpu().numpy()
+    return "query", positions.numpy()

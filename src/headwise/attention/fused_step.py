@@ -1,0 +1,202 @@
+"""Attention of one new token a sample on the GPU, with ScoreBias, Reweight and HeadGain as small tables.
+
+The tables speak of heads and segments, so they hold for every token to come: the segment of a key is looked up in the
+kernels (`fused_step_kernels.py`). Edits they can't express make `fused_step` answer None.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from headwise.attention.call import AttentionCall
+from headwise.attention.edits import Edit, HeadGain, Reweight, ScoreBias
+from headwise.attention.fused import LOG2E, multiprocessors
+from headwise.attention.fused_step_kernels import UNIT, step_mass, step_merge, step_split
+from headwise.attention.incoming import Seen
+from headwise.attention.label_table import LabelTable
+from headwise.attention.once import numbers
+
+MOST_ROWS = 64
+"""Rows of one program: heads that share keys, times groups."""
+MOST_ENTRIES = 2**22
+"""Entries of a table."""
+SPLIT_KEYS = 128
+"""Keys a program should at least have."""
+
+
+class Launch:
+    """A kernel launched again and again with arguments of the same kinds.
+
+    Triton looks at every argument of a launch to find the code compiled for its kind, which takes longer than the
+    launch itself. Here only the first one does. So all numbers of the kernel must be `do_not_specialize`, and pointers
+    stay multiples of 16 bytes, or are `do_not_specialize_on_alignment`.
+    """
+
+    def __init__(self, kernel: Any, options: dict[str, int], **constants: Any):
+        self.kernel, self.settings = kernel, constants | options
+        self.constants = tuple(constants.values())
+        self.compiled: Any = None
+
+    def __call__(self, grid: tuple[int, int, int], *arguments: Any) -> None:
+        if self.compiled is None:
+            # In Triton's interpreter nothing is compiled, and this stays the way.
+            self.compiled = self.kernel[grid](*arguments, **self.settings)
+        else:
+            self.compiled[grid](*arguments, *self.constants)
+
+
+@dataclass
+class Tables:
+    """What the edits of a site come to, on the CPU."""
+
+    heads: int
+    segments: int
+    bias: Float[Tensor, "heads query_segment segment"] | None = None
+    gain: Float[Tensor, "heads query_segment"] | None = None
+    rule: Reweight | None = None
+    chosen: tuple[int, ...] = ()
+    """The heads of `rule`."""
+    weighed_label: int | None = None
+    """The segment of the queries `rule` is for; None for all."""
+
+    def put(self, edit: Edit, heads: list[int], names: Sequence[str]) -> bool:
+        """Takes an edit in; False where a table can't say it."""
+        queries = edit.tokens if isinstance(edit, HeadGain) else getattr(edit, "queries", None)
+        if queries is not None and queries not in names:
+            return False
+        rows = slice(None) if queries is None else slice(names.index(queries), names.index(queries) + 1)
+        if isinstance(edit, ScoreBias):
+            if edit.keys is not None and (not isinstance(edit.keys, str) or edit.keys not in names):
+                return False
+            if self.bias is None:
+                self.bias = torch.zeros(self.heads, self.segments, self.segments)
+            columns = slice(None) if edit.keys is None else names.index(edit.keys)
+            self.bias[heads, rows, columns] += float(edit.value) * LOG2E
+            return True
+        if isinstance(edit, HeadGain):
+            if not isinstance(edit.gain, (int, float)):
+                return False
+            if self.gain is None:
+                self.gain = torch.ones(self.heads, self.segments)
+            self.gain[heads, rows] *= float(edit.gain)
+            return True
+        if not isinstance(edit, Reweight) or self.rule is not None or any(g not in names for g in edit.groups):
+            return False
+        self.rule, self.chosen = edit, tuple(heads)
+        self.weighed_label = None if queries is None else names.index(queries)
+        return True
+
+
+def fused_step(
+    call: AttentionCall, edits: Sequence[tuple[Edit, list[int]]], known: LabelTable, flag: Int[Tensor, " one"]
+) -> FusedStep | None:
+    """A step for calls like this one; None where its edits are no tables. `flag` becomes 1 when Reweight's rule gives
+    a weight that is negative or not finite: the device tells, and nobody waits for it."""
+    names = known.all_names
+    tables = Tables(call.heads, len(names))
+    if call.heads * len(names) ** 2 > MOST_ENTRIES or max(call.q.shape[-1], call.v.shape[-1]) > 256:
+        return None
+    if call.q.dtype not in (torch.bfloat16, torch.float16, torch.float32) or call.bias is not None:
+        return None
+    if not all(tables.put(edit, heads, names) for edit, heads in edits):
+        return None
+    groups = len(tables.rule.groups) if tables.rule is not None else 0
+    if call.group * (groups + 1) > MOST_ROWS:
+        return None
+    return FusedStep(call, tables, groups, known, flag)
+
+
+class FusedStep:
+    """The tables on the device, and the launches."""
+
+    def __init__(self, call: AttentionCall, tables: Tables, groups: int, known: LabelTable, flag: Tensor):
+        device, names = call.q.device, known.all_names
+        self.known, self.flag, self.tables, self.groups = known, flag, tables, groups
+        self.batch, self.heads, _, self.dim = call.q.shape
+        self.kv_heads, self.value_dim, self.exact = call.k.shape[1], call.v.shape[-1], call.q.dtype == torch.float32
+        self.scale = call.scale if call.softcap is not None else call.scale * LOG2E
+        self.softcap, self.sinks = call.softcap, call.sinks
+        self.rule, self.chosen = tables.rule, numbers(tables.chosen, device)
+        part_of, slot = torch.full((len(names),), groups), torch.full((call.heads,), -1)
+        if tables.rule is not None:
+            part_of[[names.index(g) for g in tables.rule.groups]] = torch.arange(groups)
+            slot[list(tables.chosen)] = torch.arange(len(tables.chosen))
+        self.part_of, self.slot = part_of.int().to(device), slot.int().to(device)
+        self.bias = flag if tables.bias is None else tables.bias.to(device)
+        self.gain = flag if tables.gain is None else tables.gain.to(device)
+        programs = 2 * multiprocessors(device) // (self.batch * self.kv_heads)
+        self.most = max(1, min(programs, 64))
+        self.launches: dict[tuple[bool, bool, bool], tuple[Launch, Launch, Launch]] = {}
+
+    def run(self, q: Tensor, k: Tensor, v: Tensor, seen: Seen) -> Tensor | None:
+        """[batch, 1, heads, value_dim]; None where the tensors lie in memory in a way the kernels don't know."""
+        if q.is_cuda and q.device.index != torch.cuda.current_device():
+            with torch.cuda.device(q.device):
+                return self.run(q, k, v, seen)
+        position, j0, left, right, valid = seen
+        keys, batch, heads, flag, groups = k.shape[2], self.batch, self.heads, self.flag, self.groups
+        (qb, qh, _, qd), (kb, kh, kk, kd), (vb, vh, vk, vd) = q.stride(), k.stride(), v.stride()
+        if (qb | qh | kb | kh | kk | vb | vh | vk) % UNIT.value or qd * kd * vd != 1:
+            return None
+        if (q.data_ptr() | k.data_ptr() | v.data_ptr()) % 16 or (valid is not None and valid.shape != (batch, keys)):
+            return None
+        kind = (left is not None, right is not None, valid is not None)
+        if kind not in self.launches:
+            self.launches[kind] = self.prepare(*kind)
+        split, mass, merge = self.launches[kind]
+        labels = self.known.table(j0 + max(keys, position + 1), batch)
+        label_stride = labels.stride(0) if labels.shape[0] > 1 else 0
+        segments = self.tables.segments
+        splits = min(self.most, -(-keys // SPLIT_KEYS))
+        sinks = flag if self.sinks is None else self.sinks
+        room = torch.empty(
+            batch * heads * splits * (groups + 1) * (self.value_dim + 1), dtype=torch.float32, device=q.device
+        )
+        out = torch.empty((batch, 1, heads, self.value_dim), dtype=q.dtype, device=q.device)
+        split(
+            (splits, batch * self.kv_heads, 1), q, k, v, room, flag if valid is None else valid, labels, self.bias,
+            self.part_of, qb // 8, qh // 8, kb // 8, kh // 8, kk // 8, vb // 8, vh // 8, vk // 8, label_stride,
+            segments * segments, segments, keys, position, j0, left or 0, right or 0, self.scale, self.softcap or 1.0,
+        )  # fmt: skip
+        factors = room
+        if self.rule is not None:
+            masses = torch.empty((batch, len(self.tables.chosen), 1, groups), dtype=torch.float32, device=q.device)
+            mass((len(self.tables.chosen), batch, 1), room, sinks, self.chosen, masses, splits)
+            factors = self.rule.factors(masses)
+            if factors.dtype is not torch.float32 or factors.device != q.device or not factors.is_contiguous():
+                factors = factors.to(masses).contiguous()
+        label = self.tables.weighed_label
+        merge(
+            (heads, batch, 1), room, sinks, factors, self.slot, self.gain, labels, out, flag, splits,
+            len(self.tables.chosen), j0 + position, label_stride, segments, -1 if label is None else label,
+        )  # fmt: skip
+        return out
+
+    def prepare(self, has_left: bool, has_right: bool, has_valid: bool) -> tuple[Launch, Launch, Launch]:
+        """The three launches for masks of one form."""
+        group, parts, sinks = self.heads // self.kv_heads, self.groups + 1, self.sinks is not None
+        wide = triton.next_power_of_2(max(16, self.dim)), triton.next_power_of_2(max(16, self.value_dim))
+        stretches = max(2, triton.next_power_of_2(self.most * parts))
+        narrow = self.exact or max(wide) > 128
+        split = Launch(
+            step_split, {"num_warps": 4, "num_stages": 2 if narrow else 3}, KV=self.kv_heads, GROUP=group, PARTS=parts,
+            HAS_LEFT=has_left, HAS_RIGHT=has_right, HAS_VALID=has_valid, HAS_BIAS=self.tables.bias is not None,
+            SOFTCAP=self.softcap is not None, EXACT=self.exact, D=self.dim, DP=wide[0], DV=self.value_dim, DVP=wide[1],
+            BM=triton.next_power_of_2(max(16, group * parts)), BN=32 if narrow else 64,
+        )  # fmt: skip
+        mass = Launch(
+            step_mass, {"num_warps": 1}, H=self.heads, PARTS=parts, HAS_SINKS=sinks, DV=self.value_dim, SP=stretches
+        )
+        merge = Launch(
+            step_merge, {"num_warps": 4}, H=self.heads, PARTS=parts, HAS_SINKS=sinks,
+            HAS_GAIN=self.tables.gain is not None, ONE_LABEL=self.tables.weighed_label is not None, DV=self.value_dim,
+            DVP=wide[1], SP=stretches, BR=min(32, stretches),
+        )  # fmt: skip
+        return split, mass, merge

@@ -1,0 +1,117 @@
+"""Decoding: one new token a sample against a cache, with all that stays the same from token to token worked out once.
+
+The first token of a site goes the general way (`seam.Session.call`). Where nothing but the output is wanted of it, a
+`Step` made from that call does the following ones: it looks up no name and no segment, makes no table and waits for no
+device. A call that is not like the first goes the general way again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from headwise.attention.call import AttentionCall
+from headwise.attention.edits import Edit
+from headwise.attention.effects import Effects
+from headwise.attention.engine import forced_path, has_triton, library_can, library_form
+from headwise.attention.incoming import Frame, Seen
+from headwise.attention.label_table import LabelTable
+
+Run = Callable[[Tensor, Tensor, Tensor, Seen], Tensor | None]
+
+
+@dataclass
+class Step:
+    """A way to compute the output [batch, 1, heads, value_dim], and what a call must be like to go it."""
+
+    run: Run
+    path: str
+    reason: str
+    shape: torch.Size
+    kv: tuple[int, int, int]
+    value_dim: int
+    dtype: torch.dtype
+    device: torch.device
+    given: tuple[Any, Any, Any]
+    """scaling, softcap and sinks, as the model hands them over."""
+    forced: str | None
+
+    def __call__(
+        self, frame: Frame, q: Tensor, k: Tensor, v: Tensor, mask: Any, kwargs: dict[str, Any]
+    ) -> Tensor | None:
+        """The heads' outputs; None where this is another kind of call than the step was made for."""
+        if not frame.past or not self.fits(q, k, v, kwargs):
+            return None
+        seen = frame.seen(mask)
+        return None if seen is None else self.run(q, k, v, seen)
+
+    def fits(self, q: Tensor, k: Tensor, v: Tensor, kwargs: dict[str, Any]) -> bool:
+        (scaling, softcap, sinks), get, keys = self.given, kwargs.get, k.shape
+        return (
+            q.shape == self.shape
+            and (keys[0], keys[1], keys[3]) == self.kv
+            and v.shape[3] == self.value_dim
+            and q.dtype is self.dtype
+            and k.dtype is self.dtype
+            and v.dtype is self.dtype
+            and q.device == self.device
+            and get("scaling") == scaling
+            and get("softcap") == softcap
+            and get("s_aux") is sinks
+            and get("position_bias") is None
+            and get("indices") is None
+            and get("cache") is None
+            and not get("dropout")
+            and forced_path() == self.forced
+            and not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad))
+        )
+
+
+def make_step(
+    call: AttentionCall,
+    edits: Sequence[tuple[Edit, list[int]]],
+    kwargs: dict[str, Any],
+    known: LabelTable,
+    flag: Callable[[torch.device], Tensor],
+) -> Step | None:
+    """A step for calls like this one, which went the general way; None where there is no quicker one."""
+    forced, device = forced_path(), call.q.device
+    site = call.site
+    if call.queries != 1 or site is None or site.kind != "self" or kwargs.get("cache") is not None:
+        return None
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (call.q, call.k, call.v)):
+        return None
+    run: Run | None = None
+    if not edits and forced in (None, "library") and library_can(Effects(call)) and library_form(call) == "full":
+        run, path, reason = library_run(call), "library", "only the output is needed"
+    elif has_triton() and (forced == "fused" or (forced is None and device.type == "cuda")):
+        # Imported here: triton is not installed everywhere.
+        from headwise.attention.fused_step import fused_step
+
+        found = fused_step(call, edits, known, flag(device))
+        run = None if found is None else found.run
+        path, reason = "fused", "one token at a time: tables made once, one pass over the keys"
+    if run is None:
+        return None
+    return Step(
+        run, path, reason, call.q.shape, (call.batch, call.k.shape[1], call.k.shape[3]), call.v.shape[3], call.q.dtype,
+        device, (kwargs.get("scaling"), kwargs.get("softcap"), kwargs.get("s_aux")), forced,
+    )  # fmt: skip
+
+
+def library_run(call: AttentionCall) -> Run:
+    """PyTorch's own attention, where no edit is for the site."""
+    scale, grouped = call.scale, call.group > 1
+
+    def run(q: Tensor, k: Tensor, v: Tensor, seen: Seen) -> Tensor | None:
+        position, _, left, right, valid = seen
+        if valid is not None or left is not None or (right is not None and k.shape[2] > position + right + 1):
+            return None
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=grouped)
+        return out.transpose(1, 2).contiguous()
+
+    return run
