@@ -3,8 +3,10 @@
 `scan.heads(opened, texts=[...])` asks all questions that fit; a question is a small class of its own file.
 """
 
+from headwise.scan.alignment import Alignment, align, delayed
 from headwise.scan.basin import AttentionBasin, basin_layer, edge_ratio
 from headwise.scan.catalogue import CORE, QUESTIONS
+from headwise.scan.clustering import behaviours, head_distance, head_map, layer_contrast
 from headwise.scan.cmr import cmr_fit, cmr_table
 from headwise.scan.comparison import Comparison, compare
 from headwise.scan.copying import CopyHeads
@@ -14,11 +16,13 @@ from headwise.scan.distance_bias import DistanceBias
 from headwise.scan.entropies import FeatureEntropy, gaussian_entropy, transfer_entropy
 from headwise.scan.entropy import Entropy
 from headwise.scan.features import head_features, layer_features
+from headwise.scan.grammar import Arc, Sentence, read_conllu
 from headwise.scan.head_similarity import head_similarity, layer_matches
 from headwise.scan.icl import IclScore, icl_score
 from headwise.scan.induction import InductionHeads
 from headwise.scan.key_moments import KeyMoments
 from headwise.scan.lag_curves import CmrDistance
+from headwise.scan.layer_alignment import Advantage, ila_index, ila_interval, layer_alignment
 from headwise.scan.layer_similarity import layer_similarity
 from headwise.scan.long_context import LongContextHeads
 from headwise.scan.mixing import Concentration
@@ -26,12 +30,16 @@ from headwise.scan.needles import NEEDLES, Needle
 from headwise.scan.passes import Plan
 from headwise.scan.positional import PositionalHeads
 from headwise.scan.positional_channels import PositionalChannels, positional_channels
+from headwise.scan.probing import AttentionProbe, DistanceProbe, attachment, train_probe, word_maps
 from headwise.scan.question import Column, Prompt, Question
+from headwise.scan.relation_table import relation_heads
+from headwise.scan.relations import RelationHeads
 from headwise.scan.result import Scan
 from headwise.scan.retrieval import RetrievalHeads
 from headwise.scan.run import heads, plan
 from headwise.scan.similarity import similarity
 from headwise.scan.sinks import Sinks
+from headwise.scan.surface import SurfacePatterns
 from headwise.scan.trajectory import dip_and_rise, entropy_trajectory, stable_rank
 from headwise.scan.waveform import WaveformHeads, model_frequencies, rope_frequencies, rope_peaks, rope_waveform
 
@@ -39,7 +47,11 @@ __all__ = [
     "CORE",
     "NEEDLES",
     "QUESTIONS",
+    "Advantage",
+    "Alignment",
+    "Arc",
     "AttentionBasin",
+    "AttentionProbe",
     "CmrDistance",
     "Column",
     "Comparison",
@@ -47,6 +59,7 @@ __all__ = [
     "CopyHeads",
     "Distance",
     "DistanceBias",
+    "DistanceProbe",
     "Entropy",
     "FeatureEntropy",
     "IclScore",
@@ -60,32 +73,49 @@ __all__ = [
     "PositionalHeads",
     "Prompt",
     "Question",
+    "RelationHeads",
     "RetrievalHeads",
     "Scan",
+    "Sentence",
     "Sinks",
+    "SurfacePatterns",
     "WaveformHeads",
+    "align",
+    "attachment",
     "basin_layer",
+    "behaviours",
     "cmr_fit",
     "cmr_table",
     "compare",
+    "delayed",
     "dip_and_rise",
     "edge_ratio",
     "entropy_trajectory",
     "gaussian_entropy",
+    "head_distance",
     "head_features",
+    "head_map",
     "head_similarity",
     "heads",
     "icl_score",
+    "ila_index",
+    "ila_interval",
+    "layer_alignment",
+    "layer_contrast",
     "layer_features",
     "layer_matches",
     "layer_similarity",
     "model_frequencies",
     "plan",
     "positional_channels",
+    "read_conllu",
+    "relation_heads",
     "rope_frequencies",
     "rope_peaks",
     "rope_waveform",
     "similarity",
     "stable_rank",
+    "train_probe",
     "transfer_entropy",
+    "word_maps",
 ]

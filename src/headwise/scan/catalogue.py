@@ -15,8 +15,10 @@ from headwise.scan.long_context import LongContextHeads
 from headwise.scan.mixing import Concentration
 from headwise.scan.positional import PositionalHeads
 from headwise.scan.question import Question
+from headwise.scan.relations import RelationHeads
 from headwise.scan.retrieval import RetrievalHeads
 from headwise.scan.sinks import Sinks
+from headwise.scan.surface import SurfacePatterns
 from headwise.scan.waveform import WaveformHeads
 
 CORE: tuple[type[Question], ...] = (
@@ -29,6 +31,8 @@ CORE: tuple[type[Question], ...] = (
     RetrievalHeads,
 )
 MORE: tuple[type[Question], ...] = (
+    SurfacePatterns,
+    RelationHeads,
     FeatureEntropy,
     CmrDistance,
     WaveformHeads,

@@ -12,9 +12,9 @@ X is [row, p] and Y [row, q], with the same rows (tokens, words, frames, inputs)
 - lincka_debiased: the same from the unbiased estimate of HSIC, for rows not many more than columns.
 - rbfcka: lincka with Gaussian kernels, their bandwidth `bandwidth` times the median distance.
 
-maxcorr, linreg and pwcca are of X in Y, the others symmetric. `mincorr` is about a set of models: a neuron's lowest maxcorr over
-the others. Constant columns are left out of means. With few rows or many columns all but the debiased form are biased
-upward: `baseline` gives the value for shuffled rows.
+maxcorr, linreg and pwcca are of X in Y, the others symmetric. `mincorr` is about a set of models: a neuron's lowest
+maxcorr over the others. Constant columns are left out of means. With few rows or many columns all but the debiased form
+are biased upward: `baseline` gives the value for shuffled rows.
 """
 
 from __future__ import annotations
