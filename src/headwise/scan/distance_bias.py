@@ -93,7 +93,7 @@ class DistanceBias(Question):
         with attend(opened, readings=plan.readings) as run, torch.no_grad():
             opened.model(**prompt.inputs, **quiet(opened.model))
         seen = run.tree["text"].to_dataset()
-        scores = seen["pairs"]
+        scores = seen["pairs"].dropna("query", how="all")
         near, far = scores.isel(target=slice(None, plan.each)), scores.isel(target=slice(plan.each, None))
         gap = (near - far.assign_coords(near.coords)).astype(float)
         over = ("sample", "query", "target")

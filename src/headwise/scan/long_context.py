@@ -35,9 +35,9 @@ BINS = np.linspace(0, 1, 11)
 
 @dataclass(frozen=True)
 class LongContextHeads(Question):
-    """`long_context_heads`: share of queries that need the far context, 0 for a head that is always local, 1 for one that
-    never is. `long_context_predicted`: the same by the estimate. `long_context_agreement`: share of queries in which
-    both agree. `long_context_correlation`: of estimated and true `log A_far` over the queries of a text.
+    """`long_context_heads`: share of queries that need the far context, 0 for a head that is always local, 1 for one
+    that never is. `long_context_predicted`: the same by the estimate. `long_context_agreement`: share of queries in
+    which both agree. `long_context_correlation`: of estimated and true `log A_far` over the queries of a text.
 
     `tau` = 0 makes every head local, above 1 none. Profile `long_context_histogram` [layer, head, far_mass]: share of
     queries with a far share of attention in each tenth."""
