@@ -50,11 +50,15 @@ class HeadPattern(BaseModel):
         rows = pd.DataFrame([h.model_dump() for h in self.heads], columns=[*PLACE, "score"])
         return rows.sort_values("score", ascending=False, kind="stable", ignore_index=True)
 
-    def pairs(self, n: int | None = None, above: float | None = None, stream: str | None = None) -> list[tuple]:
+    def pairs(
+        self, n: int | None = None, above: float | None = None, stream: str | None = None
+    ) -> list[tuple[int, int]]:
         """(layer, head) of the n highest, or of those with a score of at least `above`, in one stream (None: the only
         one the pattern has)."""
         table = self.table
         streams = list(dict.fromkeys(table["stream"]))
+        if not streams:
+            raise HeadwiseError(f"The pattern {self.question!r} has no heads: none had a score.")
         if stream is None and len(streams) > 1:
             raise HeadwiseError(f"stream: the pattern has heads of {', '.join(streams)}; name one.")
         if stream is not None and stream not in streams:

@@ -84,7 +84,7 @@ def scan(
     for column, path in wanted.patterns.items():
         targets.pattern_of(result, column).save(path)
     for question, reason in result.left_out.items():
-        err.print(f"not asked: {question}: {reason}", style="dim", markup=False, highlight=False)
+        err.print(f"not asked: {question}: {reason}", style="dim", markup=False, highlight=False, soft_wrap=True)
     if as_json:
         return print_json(rows(result))
     _print(result)

@@ -31,7 +31,7 @@ def find_blocks(model: nn.Module, sites: list[Site], stream: str) -> list[Block]
         raise HeadwiseError(f"stream: there is no stream {stream!r}; this model has {known}.")
     blocks = []
     for site in mine:
-        name = listed(parts, site.name)
+        name = listed(parts, site.name, [one.name for one in mine])
         if name is None:
             raise HeadwiseError(
                 f"{type(model).__name__} keeps its layer {site.name} outside of any list of layers, so that the block "
@@ -44,14 +44,17 @@ def find_blocks(model: nn.Module, sites: list[Site], stream: str) -> list[Block]
     return blocks
 
 
-def listed(parts: dict[str, nn.Module], name: str) -> str | None:
-    """The innermost module around `name` (or itself) that is an item of a list of modules."""
+def listed(parts: dict[str, nn.Module], name: str, names: list[str]) -> str | None:
+    """The outermost item of a list of modules around `name` (or itself) that holds no other of `names`: the block, not
+    the stage of blocks around it, nor the sub-layer inside it. Where every item holds others, the innermost."""
     words = name.split(".")
-    for end in range(len(words), 0, -1):
-        parent = parts.get(".".join(words[: end - 1]))
-        if isinstance(parent, nn.ModuleList | nn.Sequential) and words[end - 1].isdigit():
-            return ".".join(words[:end])
-    return None
+    items = [
+        ".".join(words[:end])
+        for end in range(1, len(words) + 1)
+        if words[end - 1].isdigit() and isinstance(parts.get(".".join(words[: end - 1])), nn.ModuleList | nn.Sequential)
+    ]
+    alone = [item for item in items if sum(one == item or one.startswith(f"{item}.") for one in names) == 1]
+    return next(iter(alone), items[-1] if items else None)
 
 
 def last_matrix(block: nn.Module, site: Site) -> nn.Module | None:
