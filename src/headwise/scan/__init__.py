@@ -4,10 +4,12 @@
 """
 
 from headwise.scan.alignment import Alignment, align, delayed
+from headwise.scan.attention_graph import attention_graphs
 from headwise.scan.basin import AttentionBasin, basin_layer, edge_ratio
 from headwise.scan.catalogue import CORE, QUESTIONS
 from headwise.scan.clustering import behaviours, head_distance, head_map, layer_contrast
 from headwise.scan.cmr import cmr_fit, cmr_table
+from headwise.scan.collapse import collapse_curves, mixing_bound
 from headwise.scan.comparison import Comparison, compare
 from headwise.scan.copying import CopyHeads
 from headwise.scan.dependence import InputDependence
@@ -16,6 +18,7 @@ from headwise.scan.distance_bias import DistanceBias
 from headwise.scan.entropies import FeatureEntropy, gaussian_entropy, transfer_entropy
 from headwise.scan.entropy import Entropy
 from headwise.scan.features import head_features, layer_features
+from headwise.scan.fisher import attention_fisher
 from headwise.scan.grammar import Arc, Sentence, read_conllu
 from headwise.scan.head_similarity import head_similarity, layer_matches
 from headwise.scan.icl import IclScore, icl_score
@@ -32,13 +35,19 @@ from headwise.scan.positional import PositionalHeads
 from headwise.scan.positional_channels import PositionalChannels, positional_channels
 from headwise.scan.probing import AttentionProbe, DistanceProbe, attachment, train_probe, word_maps
 from headwise.scan.question import Column, Prompt, Question
+from headwise.scan.reference_frames import ReferenceFrames, frame_type
 from headwise.scan.relation_table import relation_heads
 from headwise.scan.relations import RelationHeads
 from headwise.scan.result import Scan
 from headwise.scan.retrieval import RetrievalHeads
 from headwise.scan.run import heads, plan
+from headwise.scan.secondary_sinks import SecondarySinks
 from headwise.scan.similarity import similarity
+from headwise.scan.sink_anatomy import SinkAnatomy
+from headwise.scan.sink_census import SinkCensus
+from headwise.scan.sink_tokens import later_sink_tokens, secondary_sink_tokens, sink_effects
 from headwise.scan.sinks import Sinks
+from headwise.scan.spectrum import mp_outliers
 from headwise.scan.surface import SurfacePatterns
 from headwise.scan.trajectory import dip_and_rise, entropy_trajectory, stable_rank
 from headwise.scan.waveform import WaveformHeads, model_frequencies, rope_frequencies, rope_peaks, rope_waveform
@@ -73,24 +82,32 @@ __all__ = [
     "PositionalHeads",
     "Prompt",
     "Question",
+    "ReferenceFrames",
     "RelationHeads",
     "RetrievalHeads",
     "Scan",
+    "SecondarySinks",
     "Sentence",
+    "SinkAnatomy",
+    "SinkCensus",
     "Sinks",
     "SurfacePatterns",
     "WaveformHeads",
     "align",
     "attachment",
+    "attention_fisher",
+    "attention_graphs",
     "basin_layer",
     "behaviours",
     "cmr_fit",
     "cmr_table",
+    "collapse_curves",
     "compare",
     "delayed",
     "dip_and_rise",
     "edge_ratio",
     "entropy_trajectory",
+    "frame_type",
     "gaussian_entropy",
     "head_distance",
     "head_features",
@@ -100,12 +117,15 @@ __all__ = [
     "icl_score",
     "ila_index",
     "ila_interval",
+    "later_sink_tokens",
     "layer_alignment",
     "layer_contrast",
     "layer_features",
     "layer_matches",
     "layer_similarity",
+    "mixing_bound",
     "model_frequencies",
+    "mp_outliers",
     "plan",
     "positional_channels",
     "read_conllu",
@@ -113,7 +133,9 @@ __all__ = [
     "rope_frequencies",
     "rope_peaks",
     "rope_waveform",
+    "secondary_sink_tokens",
     "similarity",
+    "sink_effects",
     "stable_rank",
     "train_probe",
     "transfer_entropy",

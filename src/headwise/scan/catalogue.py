@@ -15,8 +15,12 @@ from headwise.scan.long_context import LongContextHeads
 from headwise.scan.mixing import Concentration
 from headwise.scan.positional import PositionalHeads
 from headwise.scan.question import Question
+from headwise.scan.reference_frames import ReferenceFrames
 from headwise.scan.relations import RelationHeads
 from headwise.scan.retrieval import RetrievalHeads
+from headwise.scan.secondary_sinks import SecondarySinks
+from headwise.scan.sink_anatomy import SinkAnatomy
+from headwise.scan.sink_census import SinkCensus
 from headwise.scan.sinks import Sinks
 from headwise.scan.surface import SurfacePatterns
 from headwise.scan.waveform import WaveformHeads
@@ -41,6 +45,10 @@ MORE: tuple[type[Question], ...] = (
     LongContextHeads,
     DistanceBias,
     AttentionBasin,
+    ReferenceFrames,
+    SecondarySinks,
+    SinkAnatomy,
+    SinkCensus,
 )
 QUESTIONS = CORE + MORE
 """In the order of the report."""

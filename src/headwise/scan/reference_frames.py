@@ -87,7 +87,7 @@ class ReferenceFrames(Question):
             "hubs": ((token > 0) & (token >= 0.05 * total)).sum("key").where(total > 0),
         }
         kept = xr.Dataset({name: x.astype(float).drop_vars("key", errors="ignore") for name, x in found.items()})
-        return kept.assign_coords(anchor=list(ANCHORS)).mean("sample")
+        return kept.drop_vars("module", errors="ignore").assign_coords(anchor=list(ANCHORS)).mean("sample")
 
     def score(self, values: xr.Dataset) -> dict[str, xr.DataArray]:
         names = {

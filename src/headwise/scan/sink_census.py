@@ -85,7 +85,8 @@ class SinkCensus(Question):
         queries = values["received_visible"].max("key")
         mass = values["received"].where(sink, 0).sum("key") / queries
         found = {"number": sink.sum("key"), "mass": mass, "any": sink.any("key")}
-        return xr.Dataset({name: x.astype(float).mean("sample") for name, x in found.items()})
+        kept = xr.Dataset({name: x.astype(float).mean("sample") for name, x in found.items()})
+        return kept.drop_vars("module", errors="ignore")
 
     def found(self, values: xr.Dataset) -> xr.DataArray:
         """True at the later sinks, [sample, layer, head, key], from what `Received` read."""
