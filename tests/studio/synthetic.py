@@ -66,6 +66,28 @@ def payload(layers=30, heads=9, streams=("text",), missing=(), seed=0):
     return found
 
 
+def many(questions=20, columns=3, **kw):
+    """A payload with `questions` x `columns` columns: noisy copies of the usual ones, and a table beside them."""
+    found = payload(**kw)
+    rng = np.random.default_rng(1)
+    usual, found["questions"] = found["questions"], []
+    for number in range(questions):
+        for place in range(columns):
+            one = usual[(number + place) % len(usual)]
+            grid = {s: [[x and round(x * rng.uniform(0.8, 1.2), 5) for x in row] for row in g]
+                    for s, g in one["grid"].items()}  # fmt: skip
+            name = f"question_{number}" if place == 0 else f"question_{number}_column_{place}"
+            title = f"{one['title']} {number}" if place == 0 else f"Column {place} of {number}"
+            found["questions"].append(
+                one | {"name": name, "title": title, "grid": grid, "sem": None, "question": f"question_{number}"}
+            )
+    names = [str(n) for n in range(12)]
+    table = {"title": "Layers", "what": "How alike they are.", "rows": "layer of one", "columns": "layer of the other"}
+    values = [[round(math.exp(-abs(i - j) / 4), 4) for j in range(12)] for i in range(12)]
+    found["matrices"] = [table | {"row_names": names, "column_names": names, "values": values}]
+    return found
+
+
 def add_stream(found, stream, layers, heads, missing, rng):
     tables = {q["name"]: [[None] * heads for _ in range(layers)] for q in found["questions"]}
     errors = {name: [[None] * heads for _ in range(layers)] for name in tables}

@@ -6,7 +6,7 @@ import time
 import pytest
 
 from headwise.studio import write_report
-from tests.studio.synthetic import TEXT, payload
+from tests.studio.synthetic import TEXT, many, payload
 from tests.studio.test_payload import BARE
 from tests.studio.test_report import HOSTILE
 
@@ -41,6 +41,7 @@ def chromium():
 def folder(tmp_path_factory):
     found = tmp_path_factory.mktemp("reports")
     write_report(payload(30, 9, missing=[(29, 8), (12, 4)]), found / "usual.html")
+    write_report(many(20, 3), found / "many.html")
     return found
 
 
@@ -211,6 +212,70 @@ def test_equal_steps_of_a_score_are_equal_steps_of_colour(page, theme, low):
         lengths, lightness = zip(*side)
         assert max(lengths) < 1.3 * min(lengths)
         assert all(step > 0 for step in lightness) or all(step < 0 for step in lightness)
+
+
+def shown(browser):
+    return [label.text for label in browser.find_elements("css selector", ".choice") if label.is_displayed()]
+
+
+@pytest.mark.parametrize(("width", "height"), [(1440, 900), (360, 780)])
+def test_sixty_columns_are_twenty_choices(page, width, height):
+    browser = page("many", width=width, height=height)
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+    assert len(browser.find_elements("css selector", ".choice")) == 60
+    closed = "return [...document.querySelectorAll('.choice')].filter((c) => !c.hidden).length"
+    assert browser.execute_script(closed) == 20 + 2, "the chosen question shows its other columns"
+    browser.find_element("css selector", ".choice input[value=question_1]").click()
+    label = ".choice:has(input[value={}])"
+    assert browser.find_element("css selector", label.format("question_1_column_2")).is_displayed()
+    assert not browser.find_element("css selector", label.format("question_0_column_1")).is_displayed()
+    browser.find_element("css selector", ".choice input[value=question_1_column_2]").click()
+    assert browser.find_element("css selector", ".asked h2").text == "Column 2 of 1"
+    assert browser.execute_script(closed) == 22
+    assert browser.execute_script(
+        """const strip = document.querySelector('.choices').getBoundingClientRect();
+        const chosen = document.querySelector('.choice.chosen').getBoundingClientRect();
+        return chosen.left >= strip.left && chosen.right <= strip.right + 1 && chosen.bottom <= strip.bottom + 1;"""
+    ), "what is chosen is in sight"
+
+
+def test_questions_are_searched(page):
+    browser = page("many")
+    search = browser.find_element("css selector", ".search")
+    search.send_keys("RETRIEVAL head")
+    found = browser.execute_script(
+        """return [...document.querySelectorAll('.choice')].filter((c) => !c.hidden)
+        .map((c) => c.querySelector('input').value)"""
+    )
+    wanted = [q["name"] for q in many(20, 3)["questions"] if q["paper"]["title"] == "Retrieval Head"]
+    assert found == wanted
+    search.send_keys(" unicorn")
+    assert shown(browser) == []
+    assert "No question has these words" in browser.find_element("css selector", ".questions").text
+    search.clear()
+    search.send_keys(" ")
+    assert len(shown(browser)) <= 22
+
+
+def test_the_card_of_many_scores_tells_where_the_head_stands_out(page):
+    browser = page("many", hash="#question=question_3&head=text:7:2")
+    rows = browser.find_elements("css selector", ".scores tbody tr")
+    assert 12 <= len(rows) <= 13
+    assert browser.find_element("css selector", ".scores .chosen")
+    ranks = [int(row.find_element("css selector", ".rank").text) for row in rows][-12:]
+    assert ranks == sorted(ranks)
+    browser.find_element("css selector", ".card .more").click()
+    assert len(browser.find_elements("css selector", ".scores tbody tr")) == 60
+    cell(browser, 9, 1).click()
+    assert len(browser.find_elements("css selector", ".scores tbody tr")) == 60, "the next head shows as many"
+
+
+def test_a_table_beside_the_heads_is_drawn(page):
+    browser = page("many")
+    section = browser.find_element("css selector", ".matrix")
+    assert section.find_element("css selector", "h2").text == "Layers"
+    assert len(section.find_elements("css selector", "rect")) == 144
+    assert "From 0.064 to 1.000" in section.text
 
 
 def test_hostile_text_runs_nothing(page, folder):

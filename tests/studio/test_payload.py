@@ -46,6 +46,11 @@ WRONG = [
     (("sample", "rows"), {"text:0:0": [[[0, 1.0]]]}, "payload.sample: rows['text:0:0'] has 1 rows"),
     (("sample",), {"tokens": ["a"], "rows": {"text:0:0": [[[5, 1.0]]]}}, "points behind the last of 1 tokens"),
     (("sample",), {"tokens": ["a"], "rows": {"text": [[[0, 1.0]]]}}, "sample.rows['text'] names no head"),
+    (
+        ("matrices",),
+        [{"title": "t", "row_names": ["0"], "column_names": ["0", "1"], "values": [[1.0]]}],
+        "payload.matrices[0]: the values do not fit 1 rows and 2 columns",
+    ),
 ]
 
 

@@ -41,6 +41,8 @@ class Paper(Part):
 
 class Question(Part):
     name: Name
+    question: str = ""
+    """The question the column belongs to: columns of one question stand together."""
     title: str = ""
     what: str = ""
     paper: Paper | None = None
@@ -93,6 +95,25 @@ class Sample(Part):
         return self
 
 
+class Matrix(Part):
+    """A small table drawn as a heat map."""
+
+    title: Name
+    what: str = ""
+    rows: str = ""
+    columns: str = ""
+    row_names: list[str] = Field(min_length=1)
+    column_names: list[str] = Field(min_length=1)
+    values: Grid
+
+    @validator(mode="after")
+    def one_value_a_cell(self) -> Matrix:
+        rows, columns = len(self.row_names), len(self.column_names)
+        if len(self.values) != rows or any(len(row) != columns for row in self.values):
+            raise problem(f"the values do not fit {rows} rows and {columns} columns")
+        return self
+
+
 class Payload(Part):
     version: Literal[1]
     model: Model
@@ -106,6 +127,7 @@ class Payload(Part):
     role_rules: dict[str, str] = {}
     details: dict[str, Detail] = {}
     sample: Sample | None = None
+    matrices: list[Matrix] = []
 
     @validator(mode="after")
     def everything_fits_the_streams(self) -> Payload:

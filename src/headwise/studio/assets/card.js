@@ -6,7 +6,10 @@ import { panel, roleMark } from "./parts.js";
 import { distanceView, segmentsView } from "./profile.js";
 import { sampleView } from "./sample.js";
 
+const ALL = 16, BEST = 12;
+
 export function cardView(parent, data, store, theme, say) {
+  let every = false;
   const section = panel(parent, "card").attr("aria-label", "Selected head");
   const body = section.append("div");
   const draw = () => {
@@ -54,7 +57,9 @@ export function cardView(parent, data, store, theme, say) {
     table.append("caption").text("Scores");
     const titles = table.append("thead").append("tr");
     for (const name of ["Question", "", "Score", "Rank"]) titles.append("th").attr("scope", "col").text(name || null).append("span").attr("class", "hidden").text(name ? "" : "Bar");
-    const rows = table.append("tbody").selectAll("tr").data(data.payload.questions).join("tr").classed("chosen", (q) => q.name === store.get().question);
+    const columns = data.payload.questions;
+    const some = columns.length > ALL;
+    const rows = table.append("tbody").selectAll("tr").data(some && !every ? standsOut(place) : columns).join("tr").classed("chosen", (q) => q.name === store.get().question);
     rows.append("th").attr("scope", "row").append("button").attr("type", "button").text((q) => data.title(q)).attr("title", (q) => q.what)
       .on("click", (_, q) => store.set({ question: q.name }));
     rows.append("td").attr("class", "bar").append("div").each(function (q) {
@@ -63,6 +68,21 @@ export function cardView(parent, data, store, theme, say) {
     rows.append("td").attr("class", "value").text((q) => number(data.score(q, place)))
       .filter((q) => data.sem(q, place) !== null).append("small").text((q) => `± ${number(data.sem(q, place))}`);
     rows.append("td").attr("class", "rank").text((q) => data.ranking(q).ranks.get(place.key) ?? "");
+    if (!some) return;
+    table.select("caption").text(every ? "Scores" : "Where it stands out");
+    body.append("button").attr("type", "button").attr("class", "plain more").text(every ? "Only where it stands out" : `All ${columns.length} scores`).on("click", () => {
+      every = !every;
+      draw();
+      section.select("button.more").node().focus();
+    });
+  }
+
+  // The columns in which the head ranks highest, and the chosen one.
+  function standsOut(place) {
+    const rank = (question) => data.ranking(question).ranks.get(place.key) ?? Infinity;
+    const chosen = data.questions.get(store.get().question);
+    const best = data.payload.questions.filter((q) => data.score(q, place) && rank(q) < Infinity).sort((a, b) => rank(a) - rank(b)).slice(0, BEST);
+    return best.includes(chosen) ? best : [chosen, ...best];
   }
 
   function bar(box, question, score) {
@@ -77,6 +97,9 @@ export function cardView(parent, data, store, theme, say) {
   }
 
   store.watch(["head"], draw);
-  store.watch(["question"], (state) => body.selectAll(".scores tbody tr").classed("chosen", (q) => q.name === state.question));
+  store.watch(["question"], (state) => {
+    if (data.payload.questions.length > ALL && !every) draw();
+    else body.selectAll(".scores tbody tr").classed("chosen", (q) => q.name === state.question);
+  });
   theme.watch(draw);
 }

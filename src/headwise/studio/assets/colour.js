@@ -67,5 +67,6 @@ export function roleLook(data, role) {
   const named = [...data.roleNames.keys()].filter((name) => name !== MIXED);
   const place = named.indexOf(role);
   if (place < 0) return { colour: "var(--role-none)", shape: (x, y, r) => SHAPES[2](x, y, r * 0.3) };
-  return { colour: `var(--role-${place % 10})`, shape: SHAPES[place % SHAPES.length] };
+  // After ten roles the colours come again, with other shapes.
+  return { colour: `var(--role-${place % 10})`, shape: SHAPES[(place + 3 * Math.floor(place / 10)) % SHAPES.length] };
 }

@@ -41,6 +41,18 @@ export class Data {
     this.places = new Map(this.heads.map((place) => [place.key, place]));
     this.roleNames = this.countRoles();
     this.rankings = new Map();
+    this.groups = this.groupColumns();
+  }
+
+  // The columns of one question stand together, in the order in which the questions come.
+  groupColumns() {
+    const groups = new Map();
+    for (const column of this.payload.questions) {
+      const name = column.question || column.name;
+      if (!groups.has(name)) groups.set(name, { name, columns: [] });
+      groups.get(name).columns.push(column);
+    }
+    return [...groups.values()];
   }
 
   // A head is there when it has a role, or a score for any question.

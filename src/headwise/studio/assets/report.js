@@ -12,6 +12,7 @@ import { legendView } from "./legend.js";
 import { rolesView } from "./roles.js";
 import { rankingView } from "./ranking.js";
 import { cardView } from "./card.js";
+import { matrixView } from "./matrix.js";
 
 // Draws all views of a payload into an element; the store it returns tells and sets what is chosen.
 export function mount(root, payload, hash = "") {
@@ -36,6 +37,7 @@ export function mount(root, payload, hash = "") {
   cardView(side, data, store, theme, say);
   rankingView(below, data, store, theme, say);
   rolesView(below, data, store);
+  for (const matrix of payload.matrices) matrixView(below, matrix, theme, tip);
   return store;
 }
 
