@@ -7,6 +7,7 @@ from headwise.scan.alignment import Alignment, align, delayed
 from headwise.scan.attention_graph import attention_graphs
 from headwise.scan.basin import AttentionBasin, basin_layer, edge_ratio
 from headwise.scan.catalogue import CORE, QUESTIONS
+from headwise.scan.class_attention import class_attention, embedding_contrast
 from headwise.scan.clustering import behaviours, head_distance, head_map, layer_contrast
 from headwise.scan.cmr import cmr_fit, cmr_table
 from headwise.scan.collapse import collapse_curves, mixing_bound
@@ -49,6 +50,7 @@ from headwise.scan.sink_tokens import later_sink_tokens, secondary_sink_tokens, 
 from headwise.scan.sinks import Sinks
 from headwise.scan.spectrum import mp_outliers
 from headwise.scan.surface import SurfacePatterns
+from headwise.scan.topics import TopicAttention
 from headwise.scan.trajectory import dip_and_rise, entropy_trajectory, stable_rank
 from headwise.scan.waveform import WaveformHeads, model_frequencies, rope_frequencies, rope_peaks, rope_waveform
 
@@ -92,6 +94,7 @@ __all__ = [
     "SinkCensus",
     "Sinks",
     "SurfacePatterns",
+    "TopicAttention",
     "WaveformHeads",
     "align",
     "attachment",
@@ -99,6 +102,7 @@ __all__ = [
     "attention_graphs",
     "basin_layer",
     "behaviours",
+    "class_attention",
     "cmr_fit",
     "cmr_table",
     "collapse_curves",
@@ -106,6 +110,7 @@ __all__ = [
     "delayed",
     "dip_and_rise",
     "edge_ratio",
+    "embedding_contrast",
     "entropy_trajectory",
     "frame_type",
     "gaussian_entropy",

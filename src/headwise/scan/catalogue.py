@@ -23,6 +23,7 @@ from headwise.scan.sink_anatomy import SinkAnatomy
 from headwise.scan.sink_census import SinkCensus
 from headwise.scan.sinks import Sinks
 from headwise.scan.surface import SurfacePatterns
+from headwise.scan.topics import TopicAttention
 from headwise.scan.waveform import WaveformHeads
 
 CORE: tuple[type[Question], ...] = (
@@ -49,6 +50,7 @@ MORE: tuple[type[Question], ...] = (
     SecondarySinks,
     SinkAnatomy,
     SinkCensus,
+    TopicAttention,
 )
 QUESTIONS = CORE + MORE
 """In the order of the report."""
