@@ -16,6 +16,7 @@ from headwise.scan.copying import CopyHeads
 from headwise.scan.dependence import InputDependence
 from headwise.scan.distance import Distance
 from headwise.scan.distance_bias import DistanceBias
+from headwise.scan.effective_beta import EffectiveBeta
 from headwise.scan.entropies import FeatureEntropy, gaussian_entropy, transfer_entropy
 from headwise.scan.entropy import Entropy
 from headwise.scan.features import head_features, layer_features
@@ -29,6 +30,8 @@ from headwise.scan.lag_curves import CmrDistance
 from headwise.scan.layer_alignment import Advantage, ila_index, ila_interval, layer_alignment
 from headwise.scan.layer_similarity import layer_similarity
 from headwise.scan.long_context import LongContextHeads
+from headwise.scan.maps_relations import MapsRelations, RelationMap, relation_scores
+from headwise.scan.maps_salient import SalientOperations, describe_rules, salient_mappings, salient_prompt
 from headwise.scan.mixing import Concentration
 from headwise.scan.needles import NEEDLES, Needle
 from headwise.scan.passes import Plan
@@ -42,7 +45,10 @@ from headwise.scan.relations import RelationHeads
 from headwise.scan.result import Scan
 from headwise.scan.retrieval import RetrievalHeads
 from headwise.scan.run import heads, plan
+from headwise.scan.score_rank import ScoreRank
+from headwise.scan.sdm import fit_beta, log_intersection, radius_of_beta
 from headwise.scan.secondary_sinks import SecondarySinks
+from headwise.scan.selection import SelectionCapacity, critical_top, softmax_jacobian_norm
 from headwise.scan.similarity import similarity
 from headwise.scan.sink_anatomy import SinkAnatomy
 from headwise.scan.sink_census import SinkCensus
@@ -50,9 +56,13 @@ from headwise.scan.sink_tokens import later_sink_tokens, secondary_sink_tokens, 
 from headwise.scan.sinks import Sinks
 from headwise.scan.spectrum import mp_outliers
 from headwise.scan.surface import SurfacePatterns
+from headwise.scan.token_maps import token_map
 from headwise.scan.topics import TopicAttention
 from headwise.scan.trajectory import dip_and_rise, entropy_trajectory, stable_rank
+from headwise.scan.uniform_query import UniformQuery
+from headwise.scan.unselectable import UnselectableKeys, unselectable
 from headwise.scan.waveform import WaveformHeads, model_frequencies, rope_frequencies, rope_peaks, rope_waveform
+from headwise.scan.word_pairs import Relation
 
 __all__ = [
     "CORE",
@@ -71,6 +81,7 @@ __all__ = [
     "Distance",
     "DistanceBias",
     "DistanceProbe",
+    "EffectiveBeta",
     "Entropy",
     "FeatureEntropy",
     "IclScore",
@@ -78,6 +89,7 @@ __all__ = [
     "InputDependence",
     "KeyMoments",
     "LongContextHeads",
+    "MapsRelations",
     "Needle",
     "Plan",
     "PositionalChannels",
@@ -85,16 +97,23 @@ __all__ = [
     "Prompt",
     "Question",
     "ReferenceFrames",
+    "Relation",
     "RelationHeads",
+    "RelationMap",
     "RetrievalHeads",
+    "SalientOperations",
     "Scan",
+    "ScoreRank",
     "SecondarySinks",
+    "SelectionCapacity",
     "Sentence",
     "SinkAnatomy",
     "SinkCensus",
     "Sinks",
     "SurfacePatterns",
     "TopicAttention",
+    "UniformQuery",
+    "UnselectableKeys",
     "WaveformHeads",
     "align",
     "attachment",
@@ -107,11 +126,14 @@ __all__ = [
     "cmr_table",
     "collapse_curves",
     "compare",
+    "critical_top",
     "delayed",
+    "describe_rules",
     "dip_and_rise",
     "edge_ratio",
     "embedding_contrast",
     "entropy_trajectory",
+    "fit_beta",
     "frame_type",
     "gaussian_entropy",
     "head_distance",
@@ -128,21 +150,29 @@ __all__ = [
     "layer_features",
     "layer_matches",
     "layer_similarity",
+    "log_intersection",
     "mixing_bound",
     "model_frequencies",
     "mp_outliers",
     "plan",
     "positional_channels",
+    "radius_of_beta",
     "read_conllu",
     "relation_heads",
+    "relation_scores",
     "rope_frequencies",
     "rope_peaks",
     "rope_waveform",
+    "salient_mappings",
+    "salient_prompt",
     "secondary_sink_tokens",
     "similarity",
     "sink_effects",
+    "softmax_jacobian_norm",
     "stable_rank",
+    "token_map",
     "train_probe",
     "transfer_entropy",
+    "unselectable",
     "word_maps",
 ]

@@ -7,23 +7,30 @@ from headwise.scan.copying import CopyHeads
 from headwise.scan.dependence import InputDependence
 from headwise.scan.distance import Distance
 from headwise.scan.distance_bias import DistanceBias
+from headwise.scan.effective_beta import EffectiveBeta
 from headwise.scan.entropies import FeatureEntropy
 from headwise.scan.entropy import Entropy
 from headwise.scan.induction import InductionHeads
 from headwise.scan.lag_curves import CmrDistance
 from headwise.scan.long_context import LongContextHeads
+from headwise.scan.maps_relations import MapsRelations
+from headwise.scan.maps_salient import SalientOperations
 from headwise.scan.mixing import Concentration
 from headwise.scan.positional import PositionalHeads
 from headwise.scan.question import Question
 from headwise.scan.reference_frames import ReferenceFrames
 from headwise.scan.relations import RelationHeads
 from headwise.scan.retrieval import RetrievalHeads
+from headwise.scan.score_rank import ScoreRank
 from headwise.scan.secondary_sinks import SecondarySinks
+from headwise.scan.selection import SelectionCapacity
 from headwise.scan.sink_anatomy import SinkAnatomy
 from headwise.scan.sink_census import SinkCensus
 from headwise.scan.sinks import Sinks
 from headwise.scan.surface import SurfacePatterns
 from headwise.scan.topics import TopicAttention
+from headwise.scan.uniform_query import UniformQuery
+from headwise.scan.unselectable import UnselectableKeys
 from headwise.scan.waveform import WaveformHeads
 
 CORE: tuple[type[Question], ...] = (
@@ -51,6 +58,13 @@ MORE: tuple[type[Question], ...] = (
     SinkAnatomy,
     SinkCensus,
     TopicAttention,
+    EffectiveBeta,
+    MapsRelations,
+    SalientOperations,
+    ScoreRank,
+    SelectionCapacity,
+    UniformQuery,
+    UnselectableKeys,
 )
 QUESTIONS = CORE + MORE
 """In the order of the report."""
