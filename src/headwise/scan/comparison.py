@@ -10,6 +10,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,9 @@ class Comparison:
 
         write_report(self.payload(), path)
         return Path(path)
+
+    def _repr_html_(self) -> str:
+        return f"<p><b>{escape(' and '.join(self.names))}</b></p>{self.summary.to_html(index=False)}"
 
     def __repr__(self) -> str:
         return f"Comparison({' and '.join(self.names)}; {len(self.heads)} heads; {len(self.columns)} columns)"

@@ -11,7 +11,7 @@ from functools import cached_property
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -26,6 +26,9 @@ from headwise.scan.details import Details, edges, sample_rows
 from headwise.scan.passes import Plan
 from headwise.scan.pool import pool
 from headwise.scan.question import Prompt, Question
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 FORMAT = 1
 PLACE = ("stream", "layer", "head")
@@ -143,6 +146,18 @@ class Scan:
 
         write_report(self.payload(), path)
         return Path(path)
+
+    def plot(self, question: str, heads: Sequence[tuple[int, int]] | None = None, stream: str | None = None) -> Figure:
+        """A Matplotlib figure of a column (layers by heads) or of a profile (curves, or a map of colours), as small as
+        a paper prints it. `heads` draws a profile's curves of these (layer, head) pairs."""
+        from headwise.scan.plot import plot
+
+        return plot(self, question, heads, stream)
+
+    def _repr_html_(self) -> str:
+        from headwise.scan.notebook import scan_html
+
+        return scan_html(self)
 
     def __repr__(self) -> str:
         sizes = ", ".join(

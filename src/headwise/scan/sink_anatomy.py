@@ -25,6 +25,8 @@ from headwise.scan.needs import lacks_language_model, quiet
 from headwise.scan.question import Column, Prompt, Question
 
 KINDS = ("word", "piece", "number", "punctuation", "other")
+STARTS = ("\u0120", "\u2581")
+"""How vocabularies mark the start of a word, which decoding a token alone may hide."""
 
 
 @dataclass(frozen=True)
@@ -154,23 +156,21 @@ def token_kinds(opened: Opened, ids: Sequence[int]) -> list[str]:
     tokenizer: Any = opened.tokenizer
     if tokenizer is None:
         return ["other"] * len(ids)
+    written = [str(token) for token in tokenizer.convert_ids_to_tokens(list(ids))]
+    marks = any(token.startswith(STARTS) for token in written)
     kinds, before = [], " "
-    for token in ids:
-        text = str(opened.decode([token]))
+    for number, token in zip(ids, written):
+        text = str(opened.decode([number]))
         bare = text.strip()
-        if token in tokenizer.all_special_ids or not bare:
+        within = marks and not token.startswith(STARTS) and before[-1:].isalnum()
+        if number in tokenizer.all_special_ids or not bare:
             kind = "other"
         elif bare.isnumeric():
             kind = "number"
         elif not any(c.isalnum() for c in bare):
             kind = "punctuation"
         else:
-            kind = "piece" if text[0].isalpha() and before[-1:].isalpha() and not marked(tokenizer, token) else "word"
+            kind = "piece" if within or token.startswith("##") else "word"
         kinds.append(kind)
         before = text
     return kinds
-
-
-def marked(tokenizer: Any, token: int) -> bool:
-    """Whether the vocabulary marks a token as the start of a word, which decoding it alone may hide."""
-    return str(tokenizer.convert_ids_to_tokens(token)).startswith(("\u0120", "\u2581"))

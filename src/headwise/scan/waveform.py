@@ -26,6 +26,8 @@ from headwise.scan.needs import lacks_language_model
 from headwise.scan.question import Column, Prompt, Question
 from headwise.scan.tokens import beginning, random_tokens
 
+FLAT = 1e-6
+"""A curve that varies by less, as a share of its largest value, has no ripples but those of rounding."""
 Frequencies = Float[np.ndarray, " pair"]
 
 
@@ -153,8 +155,9 @@ class WaveformHeads(Question):
 
 
 def rank_correlation(many: Float[np.ndarray, "... place"], one: Float[np.ndarray, " place"]) -> np.ndarray:
-    """Spearman's correlation of every row with one curve (values without ties)."""
+    """Spearman's correlation of every row with one curve (values without ties); nan for a row that is flat."""
     rank = many.argsort(-1).argsort(-1).astype(float)
     other = one.argsort().argsort().astype(float)
     rank, other = rank - rank.mean(-1, keepdims=True), other - other.mean()
-    return (rank @ other) / np.sqrt((rank**2).sum(-1) * (other**2).sum())
+    found = (rank @ other) / np.sqrt((rank**2).sum(-1) * (other**2).sum())
+    return np.where(np.ptp(many, axis=-1) > FLAT * np.abs(many).max(-1), found, np.nan)
