@@ -83,3 +83,4 @@ def test_the_page_has_both_scores_and_their_change() -> None:
     grids = {q["name"]: np.array(q["grid"]["text"], dtype=float) for q in payload["questions"]}
     np.testing.assert_allclose(grids["sinks_change"], grids["sinks_other"] - grids["sinks"], atol=1e-4)
     assert "Layers" in render_report(payload)
+    assert found._repr_html_().count("<tr") == 1 + len(found.columns)
