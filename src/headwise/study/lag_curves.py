@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -40,8 +41,7 @@ def cmr_induction(
     threshold = scan.InductionHeads().threshold
     rows = []
     for seed in seeds:
-        base = question or scan.CmrDistance()
-        lists = scan.CmrDistance(base.length, base.seeds, base.max_lag, base.fit_lag, first_seed=100 * seed)
+        lists = replace(question or scan.CmrDistance(), first_seed=100 * seed)
         found = scan.heads(opened, questions=[lists, scan.InductionHeads(first_seed=5000 + 100 * seed)])
         table = found.heads
         curve = found.data["lag_curve"].sel(stream="text", lag=slice(-lists.fit_lag, lists.fit_lag)).values
@@ -107,8 +107,7 @@ def cmr_depth(
     opened = model if isinstance(model, Opened) else open_model(model)
     shares, depths = [], []
     for seed in seeds:
-        base = question or scan.CmrDistance()
-        lists = scan.CmrDistance(base.length, base.seeds, base.max_lag, base.fit_lag, first_seed=1000 + 100 * seed)
+        lists = replace(question or scan.CmrDistance(), first_seed=1000 + 100 * seed)
         table = scan.heads(opened, questions=[lists]).heads
         share = (table["cmr_distance"] < LIKE).groupby(table["layer"]).mean()
         smooth = share.rolling(5, center=True, min_periods=1).mean()
