@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import random
 from dataclasses import replace
+from itertools import combinations
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from headwise import scan
@@ -19,6 +21,7 @@ from headwise.study.registry import study
 
 PAPER = Paper("Retrieval Head Mechanistically Explains Long-Context Factuality", "2404.15574")
 FIRST, SECOND = scan.NEEDLES[:3], scan.NEEDLES[3:]
+CONTEXTS = (256, 512, 1024)
 Heads = list[tuple[int, int]]
 
 
@@ -30,7 +33,7 @@ Heads = list[tuple[int, int]]
 )
 def retrieval_sparse(model: Any = "zoo:llm", question: scan.RetrievalHeads | None = None) -> Finding:
     opened = model if isinstance(model, Opened) else open_model(model)
-    asked = question or scan.RetrievalHeads()
+    asked = question or scan.RetrievalHeads(contexts=CONTEXTS)
     table = scored(opened, asked, FIRST)
     share = float((table["retrieval_heads"] >= asked.threshold).mean())
     top = table.nlargest(5, "retrieval_heads")
@@ -115,16 +118,58 @@ def retrieval_stable(model: Any = "zoo:llm", question: scan.RetrievalHeads | Non
     )
 
 
-def scored(opened: Opened, question: scan.RetrievalHeads, needles: tuple[scan.Needle, ...]) -> pd.DataFrame:
-    """The table of heads scored on these facts; studies run one after the other share it."""
+@study(
+    "retrieval_contexts",
+    paper=PAPER,
+    room="scan",
+    claim="The same heads retrieve, however long the context is.",
+)
+def retrieval_contexts(
+    model: Any = "zoo:llm", question: scan.RetrievalHeads | None = None, draws: int = 50, seed: int = 0
+) -> Finding:
+    """Rank correlation of all heads' scores between every two contexts; against heads shuffled within their layers, of
+    which only the depth in the model is left."""
+    opened = model if isinstance(model, Opened) else open_model(model)
+    asked = question or scan.RetrievalHeads(contexts=CONTEXTS)
+    data = scanned(opened, asked, FIRST).data.sel(stream="text")
+    scores = {int(c): data["retrieval_map"].sel(context=c).mean("depth").values for c in data["context"].values}
+    rows = []
+    rng = np.random.default_rng(seed)
+    for one, two in combinations(scores, 2):
+        ranks = float(data["retrieval_stability"].sel(context=one, context_other=two))
+        shuffled = [rank_correlation(scores[one], rng.permuted(scores[two], axis=1)) for _ in range(draws)]
+        rows.append({"contexts": [one, two], "spearman": ranks, "shuffled": np.mean(shuffled)})
+    lowest = min(rows, key=lambda row: row["spearman"])
+    holds = all(row["spearman"] > 0.6 and row["spearman"] > row["shuffled"] for row in rows)
+    recall = data["retrieval_recall"].mean("depth")
+    return Finding(
+        measured={"pairs": rows, "recall": dict(zip(scores, recall.values, strict=True))},
+        expected="Spearman above 0.6 for every two contexts, and above that of heads shuffled within their layers.",
+        verdict="holds" if holds else "fails",
+        reason=(
+            f"The lowest Spearman correlation is {lowest['spearman']:.2f} (contexts of {lowest['contexts'][0]} and "
+            f"{lowest['contexts'][1]} tokens); {lowest['shuffled']:.2f} with heads shuffled within layers."
+        ),
+        model=opened.name,
+        seeds=[seed],
+    )
+
+
+def scanned(opened: Opened, question: scan.RetrievalHeads, needles: tuple[scan.Needle, ...]) -> scan.Scan:
+    """The scan for these facts; studies run one after the other share it."""
     asked = replace(question, needles=needles)
     key = (opened.fingerprint, asked)
-    if key not in _SCORED:
-        _SCORED[key] = scan.heads(opened, questions=[asked]).heads
-    return _SCORED[key]
+    if key not in _SCANNED:
+        _SCANNED[key] = scan.heads(opened, questions=[asked])
+    return _SCANNED[key]
 
 
-_SCORED: dict[tuple[str, scan.RetrievalHeads], pd.DataFrame] = {}
+_SCANNED: dict[tuple[str, scan.RetrievalHeads], scan.Scan] = {}
+
+
+def scored(opened: Opened, question: scan.RetrievalHeads, needles: tuple[scan.Needle, ...]) -> pd.DataFrame:
+    """The table of heads of that scan."""
+    return scanned(opened, question, needles).heads
 
 
 def recalls(opened: Opened, question: scan.RetrievalHeads, sets: dict[str, Heads]) -> dict[str, float]:
@@ -140,6 +185,10 @@ def recalls(opened: Opened, question: scan.RetrievalHeads, sets: dict[str, Heads
 
 def _pairs(table: pd.DataFrame) -> Heads:
     return [(int(layer), int(head)) for layer, head in zip(table["layer"], table["head"], strict=True)]
+
+
+def rank_correlation(one: np.ndarray, two: np.ndarray) -> float:
+    return spearman(pd.Series(one.ravel()), pd.Series(two.ravel()))
 
 
 def spearman(one: pd.Series, two: pd.Series) -> float:
