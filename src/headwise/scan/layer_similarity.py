@@ -27,7 +27,7 @@ def layer_similarity(
     layer_a, layer_b; `method` and its settings as in `similarity`.
 
     `rows="word"` compares models that split words differently, "mean" and "last" one vector an input. Use ten times as
-    many rows as the layers have columns for SVCCA and PWCCA; the CKAs hold a row x row matrix per layer.
+    many rows as the layers have columns for SVCCA and PWCCA; rbfcka holds a row x row matrix per layer.
     """
     a = layer_features(model_a, inputs, rows, stream)
     b = a if model_a is model_b else layer_features(model_b, inputs, rows, stream)

@@ -99,8 +99,8 @@ def mincorr(x: Features, others: Sequence[Features]) -> Float[Tensor, " column"]
 
 def as_features(x: Tensor | np.ndarray, name: str) -> Features:
     x = torch.as_tensor(x)
-    if x.ndim != 2 or len(x) < 3:
-        raise HeadwiseError(f"{name}: wanted features [row, column] with at least 3 rows; got shape {tuple(x.shape)}.")
+    if x.ndim != 2 or len(x) < 4:
+        raise HeadwiseError(f"{name}: wanted features [row, column] with at least 4 rows; got shape {tuple(x.shape)}.")
     if not torch.isfinite(x).all():
         raise HeadwiseError(f"{name}: the features are not all finite.")
     return x.detach().cpu().double()
@@ -166,18 +166,38 @@ def _pwcca(x: tuple[Tensor, ...], y: tuple[Tensor, ...]) -> float:
     return float((weight * rho.clamp(max=1)).sum() / weight.sum())
 
 
+def _linear(x: Features) -> tuple[Tensor, ...]:
+    """Centred features whose kernel has norm 1: kernels are never made, products of features say all."""
+    x = x - x.mean(0)
+    return (x / (x.T @ x).norm().sqrt(),)
+
+
+def _lincka(x: tuple[Tensor, ...], y: tuple[Tensor, ...]) -> float:
+    return float((x[0].T @ y[0]).square().sum())
+
+
+def _debiased(x: Features) -> tuple[Tensor, ...]:
+    """Centred features, and of their kernel without its diagonal: the row sums; the diagonal."""
+    x = x - x.mean(0)
+    diagonal = x.square().sum(1)
+    parts = (x, x @ x.sum(0) - diagonal, diagonal)
+    return (*parts, torch.tensor(_hsic(parts, parts), dtype=x.dtype))
+
+
+def _hsic(x: tuple[Tensor, ...], y: tuple[Tensor, ...]) -> float:
+    """`n (n - 3)` times the unbiased estimate of HSIC (Song et al., 2012, equation 5)."""
+    n = len(x[0])
+    trace = (x[0].T @ y[0]).square().sum() - x[2] @ y[2]
+    middle = x[1].sum() * y[1].sum() / ((n - 1) * (n - 2)) - 2 / (n - 2) * (x[1] @ y[1])
+    return float(trace + middle)
+
+
+def _lincka_debiased(x: tuple[Tensor, ...], y: tuple[Tensor, ...]) -> float:
+    return float(_hsic(x, y) / (x[3] * y[3]).sqrt())
+
+
 def _centred(kernel: Float[Tensor, "row row"]) -> tuple[Tensor, ...]:
     kernel = kernel - kernel.mean(0) - kernel.mean(1, keepdim=True) + kernel.mean()
-    return (kernel / kernel.norm(),)
-
-
-def _debiased(kernel: Float[Tensor, "row row"]) -> tuple[Tensor, ...]:
-    """U-centred: the diagonal is left out, and products of two of these are unbiased estimates of HSIC."""
-    n = len(kernel)
-    kernel = kernel - kernel.diagonal().diag()
-    rows = kernel.sum(0) / (n - 2)
-    kernel = kernel - rows - rows[:, None] + kernel.sum() / ((n - 1) * (n - 2))
-    kernel = kernel - kernel.diagonal().diag()
     return (kernel / kernel.norm(),)
 
 
@@ -196,7 +216,7 @@ MEASURES: dict[str, Measure] = {
     "linreg": Measure(lambda x, var, _: (_basis(_standard(x))[0], _standard(x)), _linreg),
     "svcca": Measure(lambda x, var, _: (_leading(_standard(x), var),), _svcca),
     "pwcca": Measure(lambda x, var, _: (_leading(_standard(x), var), x), _pwcca),
-    "lincka": Measure(lambda x, var, _: _centred((x - x.mean(0)) @ (x - x.mean(0)).T), _inner),
-    "lincka_debiased": Measure(lambda x, var, _: _debiased((x - x.mean(0)) @ (x - x.mean(0)).T), _inner),
+    "lincka": Measure(lambda x, var, _: _linear(x), _lincka),
+    "lincka_debiased": Measure(lambda x, var, _: _debiased(x), _lincka_debiased),
     "rbfcka": Measure(lambda x, var, bandwidth: _centred(_gaussian(x, bandwidth)), _inner),
 }
