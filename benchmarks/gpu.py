@@ -1,4 +1,4 @@
-"""Benchmark on one GPU: kernels, then a whole model. One command, JSON out, a table at the end.
+"""Benchmark on one GPU: a whole model, then the kernels. One command, JSON out, a table at the end.
 
 PYTHONPATH=src python benchmarks/gpu.py --out benchmarks/results/gpu.json
 """
@@ -21,6 +21,8 @@ def table(rows):
         number = row.get("ms", row.get("seconds", row.get("tokens_per_s")))
         unit = "ms" if "ms" in row else "s" if "seconds" in row else "tokens/s" if "tokens_per_s" in row else ""
         more = f"{row['tflops']:6.0f} TFLOP/s  {row['against_cudnn']:5.2f} x cuDNN" if "tflops" in row else ""
+        more += f"{row['against_plain']:5.3f} x plain  " if "against_plain" in row else ""
+        more += f"chip alone {row['chip_ms']:.3f} ms  " if "chip_ms" in row else ""
         more += f"peak {row['peak_gib']:.1f} GiB" if "peak_gib" in row else ""
         if row["case"] == "relative error":
             more = "  ".join(f"{k} {v:.2e}" for k, v in row.items() if isinstance(v, float))
@@ -47,14 +49,14 @@ def main():
         options.out.write_text(json.dumps(found, indent=1))
         print(f"[{time.time() - begin:.0f} s] {new[-1]['tokens']} tokens", flush=True)
 
+    if options.only != "kernels":
+        gpu_model.run(keep)
     if options.only != "model":
         keep([gpu_kernels.accuracy("llama-8b", 16384)])
+        keep(gpu_kernels.decode("llama-8b", 32768, 3))
         for shape, lengths in LENGTHS.items():
             for length in lengths:
                 keep(gpu_kernels.prefill(shape, length, 3, shape == "llama-8b" and not options.no_flex))
-        keep(gpu_kernels.decode("llama-8b", 32768, 3))
-    if options.only != "kernels":
-        gpu_model.run(keep)
     table(rows)
 
 

@@ -2,11 +2,17 @@
 
 import torch
 import torch.nn.functional as F
-from gpu_timing import alternate, teraflops
+from gpu_timing import alternate, graphed, teraflops
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from headwise import HeadGain, Reweight, ScoreBias, Segments
+from headwise.attention.call import AttentionCall
 from headwise.attention.fused import FusedCall, reweight, run
 from headwise.attention.fused_second import received
+from headwise.attention.fused_step import fused_step
+from headwise.attention.incoming import Seen
+from headwise.attention.label_table import LabelTable
+from headwise.attention.scratch import Scratch
 
 SHAPES = {"llama-8b": (32, 8, 128), "smol-135m": (9, 3, 64)}
 SEGMENTS = 16
@@ -98,31 +104,44 @@ def prefill(shape, length, rounds, with_flex=True):
 
 
 def decode(shape, keys, rounds):
-    """One query against a long cache: plain, and with biases, statistics and reweighting."""
+    """One query against a long cache: plain, with biases and statistics, and one step of steered generation.
+
+    `ms` is what a caller waits who launches them one by one, `chip_ms` the time of the chip alone (replayed from a CUDA
+    graph)."""
     heads, kv_heads, dim = SHAPES[shape]
     q, k, v = inputs(heads, kv_heads, dim, 1, keys)
     labels = segments_of(keys)
     base = {"scale": dim**-0.5, "causal": True, "query_offset": keys - 1, "key_labels": labels, "segments": SEGMENTS}
-    bias, query_labels = (
-        torch.randn(heads, 1, SEGMENTS, device="cuda"),
-        torch.zeros(1, 1, dtype=torch.int32, device="cuda"),
-    )
     scanned = FusedCall(q, k, v, want=WANT, **base)
-    biased = FusedCall(q, k, v, bias_table=bias, query_labels=query_labels, want=WANT, **base)
-    groups = [n % 3 - 1 for n in range(SEGMENTS)]
+    step, seen = step_of(q, k, v, labels), Seen(keys - 1, 0, None, None, None)
     cases = {
         "cudnn": lambda: sdpa(SDPBackend.CUDNN_ATTENTION, q, k, v, causal=False),
         "flash": lambda: sdpa(SDPBackend.FLASH_ATTENTION, q, k, v, causal=False),
         "fused, 16 masses + entropy": lambda: run(scanned),
-        "fused, with biases": lambda: run(biased),
-        "reweight 2 groups": lambda: reweight(biased, groups, lambda m: 1.5 - m),
+        "step: biases, reweight 2 groups, gains": lambda: step.run(q, k, v, seen),
     }
     times, failed = alternate(cases, rounds)
+    chip, _ = alternate({name: graphed(cases[name]) for name in times}, rounds)
     moved = 2 * keys * kv_heads * dim * 2 / 1e9
-    return [
-        {"shape": shape, "tokens": keys, "case": "decode: " + name, "ms": ms, "gb_per_s": moved / ms * 1e3}
-        for name, ms in times.items()
-    ] + [{"shape": shape, "tokens": keys, "case": "decode: " + name, "failed": why} for name, why in failed.items()]
+    found = [{"case": name, "ms": ms} for name, ms in times.items()]
+    found += [{"case": name, "failed": why} for name, why in failed.items()]
+    for row in found:
+        if row["case"] in chip:
+            row |= {"chip_ms": chip[row["case"]], "gb_per_s": moved / chip[row["case"]] * 1e3}
+    return [{"shape": shape, "tokens": keys} | row | {"case": "decode: " + row["case"]} for row in found]
+
+
+def step_of(q, k, v, labels):
+    """A decoding step with all three edits, for half of the heads each."""
+    known = LabelTable(Segments(tuple(f"part {n}" for n in range(SEGMENTS)), labels[0].long().cpu()), q.device)
+    call = AttentionCall(q, k, v, q.shape[-1] ** -0.5, i=torch.tensor([k.shape[2] - 1], device=q.device))
+    half = list(range(q.shape[1] // 2))
+    edits = [
+        ScoreBias(keys="part 3", value=0.7),
+        Reweight(rule=lambda masses: 1.5 - masses, groups=("part 1", "part 5")),
+        HeadGain(gain=0.5),
+    ]
+    return fused_step(call, [(edit, half) for edit in edits], known, Scratch())
 
 
 def accuracy(shape, length, sampled=64):

@@ -1,7 +1,8 @@
 """A model of Llama-3.1-8B's shape, random weights: prefill plain against scanned, decode plain against steered."""
 
+import statistics
 import time
-from contextlib import nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 
 import torch
 from gpu_kernels import segments_of
@@ -12,6 +13,7 @@ import headwise as hw
 
 NAMES = tuple(f"part {n}" for n in range(16))
 FASTEST = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+KINDS = ("plain", "full scan", "256 sampled queries")
 STEPS = 24
 
 
@@ -29,80 +31,102 @@ def llama(layers=32, attention="sdpa"):
     return model
 
 
-def segments(tokens):
-    return hw.Segments(NAMES, segments_of(tokens)[0].long())
-
-
-def attending(kind, tokens):
+def attending(model, kind, tokens):
     """The context of one way to run the model."""
-    if kind == "full scan":
-        readings = [hw.Mass(per="head"), hw.Entropy(per="head")]
-    elif kind == "256 sampled queries":
-        readings = [hw.Mass(per="head", queries=256), hw.Entropy(per="head", queries=256)]
-    else:
-        return nullcontext
-    return lambda model: hw.attend(model, readings=readings, segments=segments(tokens))
+    if kind == "plain":
+        return nullcontext()
+    queries = "all" if kind == "full scan" else 256
+    readings = [hw.Mass(per="head", queries=queries), hw.Entropy(per="head", queries=queries)]
+    return hw.attend(model, readings=readings, segments=hw.Segments(NAMES, segments_of(tokens)[0].long()))
 
 
 @torch.no_grad()
-def prefill(model, tokens, kind, rounds):
-    """Seconds (best of the rounds; the first is not counted) and peak memory of one forward with a cache."""
+def prefill(model, tokens, rounds):
+    """Seconds and peak memory of one forward with a cache: the ways take turns, the first turn is not counted."""
     ids = torch.randint(0, 128256, (1, tokens), device="cuda", generator=torch.Generator("cuda").manual_seed(0))
-    enter, seconds, explained = attending(kind, tokens), [], None
-    torch.cuda.empty_cache()
-    for _ in range(rounds + 1):
-        torch.cuda.reset_peak_memory_stats()
-        torch.cuda.synchronize()
-        begin = time.perf_counter()
-        with sdpa_kernel(FASTEST, set_priority=True) if "flash" not in kind else nullcontext():
-            if enter is nullcontext:
+    seconds, peaks, explained = {k: [] for k in KINDS}, {}, {}
+    for turn in range(rounds + 1):
+        for kind in KINDS:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            torch.cuda.synchronize()
+            begin = time.perf_counter()
+            with sdpa_kernel(FASTEST, set_priority=True), attending(model, kind, tokens) as run:
                 model(ids, use_cache=True, logits_to_keep=1)
-            else:
-                with enter(model) as run:
-                    model(ids, use_cache=True, logits_to_keep=1)
-                explained = run.explain().splitlines()[:6]
-        torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - begin)
-    peak = torch.cuda.max_memory_allocated() / 2**30
-    row = {"case": f"prefill: {kind}", "tokens": tokens, "seconds": min(seconds[1:]), "peak_gib": peak}
-    return row | ({"explain": explained} if explained else {})
-
-
-def steering(tokens):
+            torch.cuda.synchronize()
+            if turn:
+                seconds[kind].append(time.perf_counter() - begin)
+            peaks[kind] = torch.cuda.max_memory_allocated() / 2**30
+            if run is not None:
+                explained[kind] = run.explain().splitlines()[:2]
+    plain = statistics.median(seconds["plain"])
     return [
-        hw.ScoreBias(keys="part 3", value=0.7, heads=list(range(16))),
+        {
+            "case": f"prefill: {kind}", "tokens": tokens, "seconds": statistics.median(seconds[kind]),
+            "against_plain": statistics.median(seconds[kind]) / plain, "peak_gib": peaks[kind],
+            "peak_against_plain": peaks[kind] / peaks["plain"],
+        } | ({"explain": explained[kind]} if kind in explained else {})
+        for kind in KINDS
+    ]  # fmt: skip
+
+
+def steering(heads=32):
+    return [
+        hw.ScoreBias(keys="part 3", value=0.7, heads=list(range(heads // 2))),
         hw.Reweight(rule=lambda masses: 1.5 - masses, groups=("part 1", "part 5"), heads=list(range(8, 24))),
         hw.HeadGain(gain=0.5, heads=[5, 17]),
     ]
 
 
-@torch.no_grad()
-def decode(model, tokens, steered, rounds=3):
-    """Tokens a second with a cache of `tokens` keys."""
-    g = torch.Generator("cuda").manual_seed(0)
+def filled_cache(model, tokens):
+    g, made = torch.Generator("cuda").manual_seed(0), DynamicCache()
+    for layer in range(model.config.num_hidden_layers):
+        k, v = (torch.randn(1, 8, tokens, 128, device="cuda", dtype=torch.bfloat16, generator=g) for _ in range(2))
+        made.update(k, v, layer)
+    return made
 
-    def cache():
-        made = DynamicCache()
-        for layer in range(model.config.num_hidden_layers):
-            k, v = (torch.randn(1, 8, tokens, 128, device="cuda", dtype=torch.bfloat16, generator=g) for _ in range(2))
-            made.update(k, v, layer)
-        return made
 
-    past = cache()
-    token = torch.zeros(1, 1, dtype=torch.long, device="cuda")
-    speeds = []
+@contextmanager
+def decoding(model, tokens, kind):
+    """One way to decode; "steered" has all three edits active in every layer."""
     labels = torch.cat([segments_of(tokens)[0].long().cpu(), torch.full((4096,), 15)])
-    enter = hw.attend(model, edits=steering(tokens), segments=hw.Segments(NAMES, labels)) if steered else nullcontext()
-    with enter:
-        for _ in range(rounds + 1):
-            torch.cuda.synchronize()
-            begin = time.perf_counter()
-            for _ in range(STEPS):
-                out = model(token, past_key_values=past, use_cache=True)
-                token = out.logits[:, -1:].argmax(-1)
-            torch.cuda.synchronize()
-            speeds.append(STEPS / (time.perf_counter() - begin))
-    return {"case": "decode: " + ("steered" if steered else "plain"), "tokens": tokens, "tokens_per_s": max(speeds[1:])}
+    with ExitStack() as stack:
+        if kind == "plain":
+            # PyTorch's first choice is cuDNN's attention, which plans anew for every length; flash is faster here.
+            stack.enter_context(sdpa_kernel(SDPBackend.FLASH_ATTENTION))
+        if kind == "steered":
+            stack.enter_context(hw.attend(model, edits=steering(), segments=hw.Segments(NAMES, labels)))
+        yield
+
+
+@torch.no_grad()
+def generate(model, past, steps):
+    token = torch.zeros(1, 1, dtype=torch.long, device="cuda")
+    for _ in range(steps):
+        token = model(token, past_key_values=past, use_cache=True).logits[:, -1:].argmax(-1)
+    torch.cuda.synchronize()
+
+
+def decode(model, tokens, rounds=10):
+    """Tokens a second with a cache of `tokens` keys. The ways take turns, and a ratio is that of one turn: the host
+    launches every kernel of all, and its speed changes with time. The first turn is not counted."""
+    kinds = ("plain", "steered", "plain, PyTorch's choice")
+    caches = {kind: filled_cache(model, tokens) for kind in kinds}
+    speeds = {kind: [] for kind in kinds}
+    for turn in range(rounds + 1):
+        for kind in kinds if turn % 2 else reversed(kinds):
+            with decoding(model, tokens, kind):
+                generate(model, caches[kind], 3)
+                begin = time.perf_counter()
+                generate(model, caches[kind], STEPS)
+                if turn:
+                    speeds[kind].append(STEPS / (time.perf_counter() - begin))
+    ratios = {kind: [b / a for a, b in zip(speeds["plain"], speeds[kind], strict=True)] for kind in kinds}
+    return [
+        {"case": f"decode: {kind}", "tokens": tokens, "tokens_per_s": statistics.median(speeds[kind]),
+         "against_plain": statistics.median(ratios[kind]), "lowest": min(ratios[kind]), "highest": max(ratios[kind])}
+        for kind in kinds
+    ]  # fmt: skip
 
 
 @torch.no_grad()
@@ -118,14 +142,12 @@ def eager(tokens):
         return {"case": "prefill: eager, weights returned", "tokens": tokens, "failed": str(error).split(". ")[0]}
 
 
-def run(keep, lengths=(32768, 131072), rounds=2):
-    """Every row goes to `keep` as soon as it is known."""
+def run(keep):
+    """All cases of the model; `keep` stores their rows as they come."""
     model = llama()
-    for tokens in lengths:
-        for kind in ("plain", "full scan", "256 sampled queries"):
-            keep([prefill(model, tokens, kind, rounds if tokens < 100_000 else 1)])
-    for steered in (False, True):
-        keep([decode(model, 32768, steered)])
+    keep(decode(model, 32768))
+    for tokens, rounds in ((32768, 5), (131072, 3)):
+        keep(prefill(model, tokens, rounds))
     del model
     torch.cuda.empty_cache()
     keep([eager(131072)])

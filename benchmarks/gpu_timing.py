@@ -40,6 +40,23 @@ def once(run, repeats):
     return before.elapsed_time(after) / repeats
 
 
+def graphed(run):
+    """The same work as one CUDA graph, captured at the first call: without the host's part."""
+    graphs = []
+
+    def replay():
+        if not graphs:
+            run()
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                run()
+            graphs.append(graph)
+        graphs[0].replay()
+
+    return replay
+
+
 def teraflops(heads, dim, queries, keys, causal, milliseconds):
     """Multiplications and additions of both products; half of them where causal."""
     return 4 * heads * dim * queries * keys * (0.5 if causal else 1.0) / milliseconds / 1e9

@@ -1,4 +1,4 @@
-"""Decoding one token at a time: the quick way must give what the general way gives, edit by edit and in whole models."""
+"""Decoding one token at a time: the quick way gives what the general way gives, edit by edit and in whole models."""
 
 import math
 from types import SimpleNamespace
@@ -16,6 +16,7 @@ from headwise.attention.engine import uniform
 from headwise.attention.incoming import Seen
 from headwise.attention.label_table import LabelTable
 from headwise.attention.mask import Mask
+from headwise.attention.scratch import Scratch
 from headwise.models.segments import Segments
 
 pytest.importorskip("triton")
@@ -71,15 +72,15 @@ def test_a_step_equals_dense(kind, edit):
     from headwise.attention.fused_step import fused_step
 
     call, known = make(**CALLS[kind])
-    flag = torch.zeros(1, dtype=torch.int32, device=DEVICE)
-    step = fused_step(call, EDITS[edit], known, flag)
+    scratch = Scratch()
+    step = fused_step(call, EDITS[edit], known, scratch)
     mask = call.mask
     valid = None if mask.key_valid is None else mask.key_valid.view(torch.uint8)
     found = step.run(call.q, call.k, call.v, Seen(call.first - call.j0, call.j0, mask.left, mask.right, valid))
     effects = resolve(call, EDITS[edit])
     wanted = finish(effects, dense(effects, [], torch.float64)[0], uniform)
     torch.testing.assert_close(found.transpose(1, 2).double(), wanted, atol=2e-6, rtol=1e-5)
-    assert not flag.item()
+    assert not scratch.flagged()
 
 
 @pytest.mark.parametrize("edit", [
@@ -90,7 +91,7 @@ def test_what_is_no_table_goes_the_general_way(edit):
     from headwise.attention.fused_step import fused_step
 
     call, known = make(keys=20)
-    assert fused_step(call, [(edit, ALL)], known, torch.zeros(1, dtype=torch.int32, device=DEVICE)) is None
+    assert fused_step(call, [(edit, ALL)], known, Scratch()) is None
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import triton
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from headwise.attention.call import AttentionCall
@@ -22,6 +22,7 @@ from headwise.attention.fused_step_kernels import UNIT, step_mass, step_merge, s
 from headwise.attention.incoming import Seen
 from headwise.attention.label_table import LabelTable
 from headwise.attention.once import numbers
+from headwise.attention.scratch import Scratch
 
 MOST_ROWS = 64
 """Rows of one program: heads that share keys, times groups."""
@@ -34,22 +35,26 @@ SPLIT_KEYS = 128
 class Launch:
     """A kernel launched again and again with arguments of the same kinds.
 
-    Triton looks at every argument of a launch to find the code compiled for its kind, which takes longer than the
-    launch itself. Here only the first one does. So all numbers of the kernel must be `do_not_specialize`, and pointers
-    stay multiples of 16 bytes, or are `do_not_specialize_on_alignment`.
+    Triton looks at every argument of a launch to find the code compiled for its kind, and at its settings; that takes
+    several times as long as the launch itself. Here only the first one does. So all numbers of the kernel must be
+    `do_not_specialize`, and pointers stay multiples of 16 bytes, or are `do_not_specialize_on_alignment`.
     """
 
     def __init__(self, kernel: Any, options: dict[str, int], **constants: Any):
         self.kernel, self.settings = kernel, constants | options
         self.constants = tuple(constants.values())
-        self.compiled: Any = None
+        self.launch: Any = None
 
-    def __call__(self, grid: tuple[int, int, int], *arguments: Any) -> None:
-        if self.compiled is None:
-            # In Triton's interpreter nothing is compiled, and this stays the way.
-            self.compiled = self.kernel[grid](*arguments, **self.settings)
-        else:
-            self.compiled[grid](*arguments, *self.constants)
+    def __call__(self, grid: tuple[int, int, int], stream: int, *arguments: Any) -> None:
+        if self.launch is not None:
+            self.launch(*grid, stream, *self.code, *arguments, *self.constants)
+            return
+        compiled = self.kernel[grid](*arguments, **self.settings)
+        # In Triton's interpreter nothing is compiled, and every launch goes the long way.
+        if compiled is not None:
+            # The three that are None: metadata and hooks for profilers of Triton's own.
+            self.code = (compiled.function, compiled.packed_metadata, None, None, None)
+            self.launch = compiled.run
 
 
 @dataclass
@@ -95,10 +100,9 @@ class Tables:
 
 
 def fused_step(
-    call: AttentionCall, edits: Sequence[tuple[Edit, list[int]]], known: LabelTable, flag: Int[Tensor, " one"]
+    call: AttentionCall, edits: Sequence[tuple[Edit, list[int]]], known: LabelTable, scratch: Scratch
 ) -> FusedStep | None:
-    """A step for calls like this one; None where its edits are no tables. `flag` becomes 1 when Reweight's rule gives
-    a weight that is negative or not finite: the device tells, and nobody waits for it."""
+    """A step for calls like this one; None where its edits are no tables."""
     names = known.all_names
     tables = Tables(call.heads, len(names))
     if call.heads * len(names) ** 2 > MOST_ENTRIES or max(call.q.shape[-1], call.v.shape[-1]) > 256:
@@ -110,15 +114,21 @@ def fused_step(
     groups = len(tables.rule.groups) if tables.rule is not None else 0
     if call.group * (groups + 1) > MOST_ROWS:
         return None
-    return FusedStep(call, tables, groups, known, flag)
+    return FusedStep(call, tables, groups, known, scratch)
+
+
+def no_stream(index: int | None) -> int:
+    """A CPU has none: Triton's interpreter."""
+    return 0
 
 
 class FusedStep:
     """The tables on the device, and the launches."""
 
-    def __init__(self, call: AttentionCall, tables: Tables, groups: int, known: LabelTable, flag: Tensor):
+    def __init__(self, call: AttentionCall, tables: Tables, groups: int, known: LabelTable, scratch: Scratch):
         device, names = call.q.device, known.all_names
-        self.known, self.flag, self.tables, self.groups = known, flag, tables, groups
+        flag = self.flag = scratch.flag(device)
+        self.known, self.scratch, self.tables, self.groups, self.device = known, scratch, tables, groups, device
         self.batch, self.heads, _, self.dim = call.q.shape
         self.kv_heads, self.value_dim, self.exact = call.k.shape[1], call.v.shape[-1], call.q.dtype == torch.float32
         self.scale = call.scale if call.softcap is not None else call.scale * LOG2E
@@ -133,6 +143,8 @@ class FusedStep:
         self.gain = flag if tables.gain is None else tables.gain.to(device)
         programs = 2 * multiprocessors(device) // (self.batch * self.kv_heads)
         self.most = max(1, min(programs, 64))
+        self.size = self.batch * self.heads * self.most * (groups + 1) * (self.value_dim + 1)
+        self.stream = triton.runtime.driver.active.get_current_stream if device.type == "cuda" else no_stream
         self.launches: dict[tuple[bool, bool, bool], tuple[Launch, Launch, Launch]] = {}
 
     def run(self, q: Tensor, k: Tensor, v: Tensor, seen: Seen) -> Tensor | None:
@@ -156,25 +168,24 @@ class FusedStep:
         segments = self.tables.segments
         splits = min(self.most, -(-keys // SPLIT_KEYS))
         sinks = flag if self.sinks is None else self.sinks
-        room = torch.empty(
-            batch * heads * splits * (groups + 1) * (self.value_dim + 1), dtype=torch.float32, device=q.device
-        )
-        out = torch.empty((batch, 1, heads, self.value_dim), dtype=q.dtype, device=q.device)
+        stream = self.stream(self.device.index)
+        room = self.scratch.room(self.device, stream, self.size)
+        out = q.new_empty((batch, 1, heads, self.value_dim))
         split(
-            (splits, batch * self.kv_heads, 1), q, k, v, room, flag if valid is None else valid, labels, self.bias,
-            self.part_of, qb // 8, qh // 8, kb // 8, kh // 8, kk // 8, vb // 8, vh // 8, vk // 8, label_stride,
+            (splits, batch * self.kv_heads, 1), stream, q, k, v, room, flag if valid is None else valid, labels,
+            self.bias, self.part_of, qb // 8, qh // 8, kb // 8, kh // 8, kk // 8, vb // 8, vh // 8, vk // 8, label_stride,
             segments * segments, segments, keys, position, j0, left or 0, right or 0, self.scale, self.softcap or 1.0,
         )  # fmt: skip
         factors = room
         if self.rule is not None:
-            masses = torch.empty((batch, len(self.tables.chosen), 1, groups), dtype=torch.float32, device=q.device)
-            mass((len(self.tables.chosen), batch, 1), room, sinks, self.chosen, masses, splits)
+            masses = room.new_empty((batch, len(self.tables.chosen), 1, groups))
+            mass((len(self.tables.chosen), batch, 1), stream, room, sinks, self.chosen, masses, splits)
             factors = self.rule.factors(masses)
             if factors.dtype is not torch.float32 or factors.device != q.device or not factors.is_contiguous():
                 factors = factors.to(masses).contiguous()
         label = self.tables.weighed_label
         merge(
-            (heads, batch, 1), room, sinks, factors, self.slot, self.gain, labels, out, flag, splits,
+            (heads, batch, 1), stream, room, sinks, factors, self.slot, self.gain, labels, out, flag, splits,
             len(self.tables.chosen), j0 + position, label_stride, segments, -1 if label is None else label,
         )  # fmt: skip
         return out

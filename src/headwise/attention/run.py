@@ -17,7 +17,6 @@ from headwise.attention.edits import Edit, Rebase
 from headwise.attention.engine import Part, Result
 from headwise.attention.incoming import Frame
 from headwise.attention.label_table import LabelTable
-from headwise.attention.memory import give_back
 from headwise.attention.readings import Reading, sample_queries
 from headwise.attention.rope import find_rotary
 from headwise.attention.seam import Session, joined
@@ -210,12 +209,10 @@ class Run:
         start = self.tally.start(site.name, asked.number, call.batch, continued=asked.frame.past > 0)
         for part, read in zip(asked.parts, values, strict=True):
             self.tally.add(part, site, asked.number, start, call, read)
-        if asked.parts and call.q.device.type == "cpu":
-            give_back(call.queries * call.keys)
 
     def check(self) -> None:
         """On leaving: an edit took effect or raises, a reading that missed layers says so."""
-        if self.session.flagged():
+        if self.session.scratch.flagged():
             raise HeadwiseError("Reweight(rule=...) returned weights that are negative or not finite.")
         missed = [r for r in self.report if r.status in ("bypassed", "refused")]
         for edit in self.edits:
@@ -264,6 +261,7 @@ def attend(
     run = Run(list(readings), list(edits), {}, seed)
     with joined(model, run, sites) as session:
         run.session = session
+        run.tally.layers = Counter(site.stream for site in session.sites)
         _validate(run, session)
         run.segments = _segments(run, session, segments)
         yield run
@@ -332,6 +330,7 @@ def probe(model: nn.Module | Any, batch: Mapping[str, Any]) -> list[SiteReport]:
     run = Run([LogSumExp(per="head")], [], {}, 0)
     with joined(model, run, getattr(opened, "sites", None)) as session, torch.no_grad():
         run.session = session
+        run.tally.layers = Counter(site.stream for site in session.sites)
         if not session.sites:
             raise HeadwiseError(f"{type(model).__name__} has no attention layers headwise can find.")
         model(**batch)

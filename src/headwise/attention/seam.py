@@ -14,7 +14,6 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -24,6 +23,7 @@ from headwise.attention.carrier import Carrier, carry
 from headwise.attention.engine import run_call
 from headwise.attention.function_mode import FunctionMode
 from headwise.attention.incoming import Frame, describe, past_length
+from headwise.attention.scratch import Scratch
 from headwise.attention.steps import Step, make_step
 from headwise.errors import HeadwiseError
 from headwise.models.anatomy import Site, attention_kind, find_sites, guess_stream
@@ -56,7 +56,7 @@ class Session:
         self.runs: list[Run] = []
         self.frame: Frame | None = None
         self.steps: dict[nn.Module, Step] = {}
-        self.flags: dict[torch.device, Tensor] = {}
+        self.scratch = Scratch()
         self.depth = 0
         self.stack: list[nn.Module] = []
         self.ran: set[str] = set()
@@ -198,24 +198,11 @@ class Session:
         """The next tokens of this site can go a quicker way, if there is one."""
         assert call.site is not None
         known = self.runs[-1].known(call.site.stream, call.q.device)
-        step = make_step(call, edits, given, known, self.flag)
+        step = make_step(call, edits, given, known, self.scratch)
         if step is not None:
             self.steps[module] = step
             for run in self.runs:
                 run.paths[call.site.name] = (step.path, step.reason)
-
-    def flag(self, device: torch.device) -> Tensor:
-        """A number on the device that becomes 1 when a rule of Reweight gives what it must not."""
-        if device not in self.flags:
-            self.flags[device] = torch.zeros(1, dtype=torch.int32, device=device)
-        return self.flags[device]
-
-    def flagged(self) -> bool:
-        """Whether a flag was raised since this was asked last."""
-        raised = [flag for flag in self.flags.values() if flag.item()]
-        for flag in raised:
-            flag.zero_()
-        return bool(raised)
 
 
 def entrance(module: nn.Module) -> str:
@@ -339,4 +326,5 @@ def joined(model: nn.Module, run: Run, sites: list[Site] | None) -> Iterator[Ses
         try:
             yield session
         finally:
+            session.runs.remove(run)  # a run keeps its session: the session must not keep the run
             _open.pop(model, None)

@@ -20,6 +20,7 @@ from headwise.attention.effects import Effects
 from headwise.attention.engine import forced_path, has_triton, library_can, library_form
 from headwise.attention.incoming import Frame, Seen
 from headwise.attention.label_table import LabelTable
+from headwise.attention.scratch import Scratch
 
 Run = Callable[[Tensor, Tensor, Tensor, Seen], Tensor | None]
 
@@ -76,7 +77,7 @@ def make_step(
     edits: Sequence[tuple[Edit, list[int]]],
     kwargs: dict[str, Any],
     known: LabelTable,
-    flag: Callable[[torch.device], Tensor],
+    scratch: Scratch,
 ) -> Step | None:
     """A step for calls like this one, which went the general way; None where there is no quicker one."""
     forced, device = forced_path(), call.q.device
@@ -92,7 +93,7 @@ def make_step(
         # Imported here: triton is not installed everywhere.
         from headwise.attention.fused_step import fused_step
 
-        found = fused_step(call, edits, known, flag(device))
+        found = fused_step(call, edits, known, scratch)
         run = None if found is None else found.run
         path, reason = "fused", "one token at a time: tables made once, one pass over the keys"
     if run is None:
