@@ -17,6 +17,7 @@ from headwise.attention.edits import Edit, Rebase
 from headwise.attention.engine import Part, Result
 from headwise.attention.incoming import Frame
 from headwise.attention.label_table import LabelTable
+from headwise.attention.memory import Trimmer
 from headwise.attention.readings import Reading, sample_queries
 from headwise.attention.rope import find_rotary
 from headwise.attention.seam import Session, joined
@@ -65,6 +66,7 @@ class Run:
     seed: int
     session: Session = field(init=False, repr=False)
     tally: Tally = field(init=False, repr=False)
+    give_back: Trimmer = field(default_factory=Trimmer, repr=False)
     paths: dict[str, tuple[str, str]] = field(default_factory=dict, repr=False)
     forwards: int = 0
     _labels: dict[tuple, Labels] = field(default_factory=dict, repr=False)
@@ -209,6 +211,8 @@ class Run:
         start = self.tally.start(site.name, asked.number, call.batch, continued=asked.frame.past > 0)
         for part, read in zip(asked.parts, values, strict=True):
             self.tally.add(part, site, asked.number, start, call, read)
+        if asked.parts and call.q.device.type == "cpu":
+            self.give_back(call.queries * call.keys)
 
     def check(self) -> None:
         """On leaving: an edit took effect or raises, a reading that missed layers says so."""

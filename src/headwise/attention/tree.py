@@ -91,6 +91,9 @@ def by_query(key: Key, chunks: list[Chunk], extra: list[Any] | None) -> xr.DataA
         ends = tuple(slice(0, n) for n in given.shape[3:])
         for sample in range(len(values)):
             array[(c.number, c.start + sample)][(*index, *ends)] = values[sample]
+        if len(c.heads) == len(heads) and len(c.places) == len(places):
+            # What was gathered need not be kept twice.
+            c.values = array[(c.number, slice(c.start, c.start + len(values)), layers.index(c.layer))][(..., *ends)]
     coords: dict[str, Any] = {"layer": layers, "head": heads, dims[0]: places}
     names = ("call", "sample", "layer", "head", *dims)
     return finish(array, names, coords, dims, extra, calls)
