@@ -74,6 +74,25 @@ def test_questions_with_the_same_inputs_share_a_pass() -> None:
     assert again["blunt"].tolist() == found["blunt"].tolist()
 
 
+@dataclass(frozen=True)
+class Wide(Sharp):
+    """Gives the dims of `Sharp` another size."""
+
+    def readings_at(self, opened, prompt):
+        return [Top(3, per="head")]
+
+    def score(self, values):
+        assert values.sizes["rank"] == 3
+        return values["top_value"].sum("rank")
+
+
+def test_questions_may_give_a_dim_different_sizes() -> None:
+    opened = llama()
+    both = scan.heads(opened, questions=[Sharp(), Wide()]).heads
+    assert (both["wide"] > both["sharp"]).all()
+    assert both["wide"].tolist() == scan.heads(opened, questions=[Wide()]).heads["wide"].tolist()
+
+
 def test_inputs_are_alike_only_with_the_same_ids_and_names() -> None:
     ids = torch.tensor([[1, 2, 3]])
     one = likeness(Prompt({"input_ids": ids}))

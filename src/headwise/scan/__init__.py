@@ -33,7 +33,9 @@ from headwise.scan.long_context import LongContextHeads
 from headwise.scan.maps_relations import MapsRelations, RelationMap, relation_scores
 from headwise.scan.maps_salient import SalientOperations, describe_rules, salient_mappings, salient_prompt
 from headwise.scan.mixing import Concentration
+from headwise.scan.name_movers import NameMovers
 from headwise.scan.needles import NEEDLES, Needle
+from headwise.scan.options import NegativeHeads, OptionHeads
 from headwise.scan.passes import Plan
 from headwise.scan.positional import PositionalHeads
 from headwise.scan.positional_channels import PositionalChannels, positional_channels
@@ -56,6 +58,7 @@ from headwise.scan.sink_tokens import later_sink_tokens, secondary_sink_tokens, 
 from headwise.scan.sinks import Sinks
 from headwise.scan.spectrum import mp_outliers
 from headwise.scan.surface import SurfacePatterns
+from headwise.scan.text_roles import TextRoles
 from headwise.scan.token_maps import token_map
 from headwise.scan.topics import TopicAttention
 from headwise.scan.trajectory import dip_and_rise, entropy_trajectory, stable_rank
@@ -90,7 +93,10 @@ __all__ = [
     "KeyMoments",
     "LongContextHeads",
     "MapsRelations",
+    "NameMovers",
     "Needle",
+    "NegativeHeads",
+    "OptionHeads",
     "Plan",
     "PositionalChannels",
     "PositionalHeads",
@@ -111,6 +117,7 @@ __all__ = [
     "SinkCensus",
     "Sinks",
     "SurfacePatterns",
+    "TextRoles",
     "TopicAttention",
     "UniformQuery",
     "UnselectableKeys",

@@ -16,6 +16,8 @@ from headwise.scan.long_context import LongContextHeads
 from headwise.scan.maps_relations import MapsRelations
 from headwise.scan.maps_salient import SalientOperations
 from headwise.scan.mixing import Concentration
+from headwise.scan.name_movers import NameMovers
+from headwise.scan.options import NegativeHeads, OptionHeads
 from headwise.scan.positional import PositionalHeads
 from headwise.scan.question import Question
 from headwise.scan.reference_frames import ReferenceFrames
@@ -28,6 +30,7 @@ from headwise.scan.sink_anatomy import SinkAnatomy
 from headwise.scan.sink_census import SinkCensus
 from headwise.scan.sinks import Sinks
 from headwise.scan.surface import SurfacePatterns
+from headwise.scan.text_roles import TextRoles
 from headwise.scan.topics import TopicAttention
 from headwise.scan.uniform_query import UniformQuery
 from headwise.scan.unselectable import UnselectableKeys
@@ -43,6 +46,10 @@ CORE: tuple[type[Question], ...] = (
     RetrievalHeads,
 )
 MORE: tuple[type[Question], ...] = (
+    TextRoles,
+    NameMovers,
+    OptionHeads,
+    NegativeHeads,
     SurfacePatterns,
     RelationHeads,
     FeatureEntropy,

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 import xarray as xr
 
-from headwise.attention import attend
+from headwise.attention import Run, attend
 from headwise.attention.readings import Reading
 from headwise.errors import HeadwiseError
 from headwise.models import Opened
@@ -47,20 +48,39 @@ class Pass:
         if failed is not None and all(question.name in failed for question in self.questions):
             return [{} for _ in self.questions]
         if self.driven:
-            return [attempt(self.questions[0], failed, lambda: self.questions[0].observe(opened, self.prompt))]
+            return [attempt(self.questions[0], failed, partial(self.questions[0].observe, opened, self.prompt))]
         with (
             attend(opened, readings=self.readings, segments=self.prompt.segments, seed=seed) as run,
             torch.no_grad(),
         ):
             opened.model(**self.prompt.inputs, **quiet(opened.model))
-        nodes = {str(stream): node.to_dataset() for stream, node in run.tree.children.items()}
-        return [
-            attempt(question, failed, lambda q=question, p=prompt, n=names: seen_by(opened, q, p, n, nodes))
-            for question, prompt, names in zip(self.questions, self.prompts, self.renames, strict=True)
-        ]
+        found = []
+        for question, prompt, names in zip(self.questions, self.prompts, self.renames, strict=True):
+            nodes = read(run, [reading for reading in self.readings if reading.name in names])
+            look = partial(seen_by, opened, question, prompt, names, nodes)
+            found.append(attempt(question, failed, look))
+        return found
 
 
-def attempt(question: Question, failed: dict[str, str] | None, look: Any) -> dict[str, xr.Dataset]:
+def read(run: Run, readings: list[Reading]) -> dict[str, xr.Dataset]:
+    """The values of some readings, per stream. Every question's stand apart, as two of them may give one dim (target,
+    rank, column) different sizes."""
+    tally = run.tally
+    part = replace(
+        tally,
+        chunks={key: values for key, values in tally.chunks.items() if key[1] in readings},
+        moments={key: values for key, values in tally.moments.items() if key[1] in readings},
+        _tree=None,
+    )
+    if part.empty:
+        return {}
+    tree = part.tree({site.name: site for site in run.session.sites})
+    return {str(stream): node.to_dataset() for stream, node in tree.children.items()}
+
+
+def attempt(
+    question: Question, failed: dict[str, str] | None, look: Callable[[], dict[str, xr.Dataset]]
+) -> dict[str, xr.Dataset]:
     try:
         return look()
     except HeadwiseError as error:

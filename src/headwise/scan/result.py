@@ -187,6 +187,8 @@ def assemble(
     for question in questions:
         parts = {stream: pool(seen) for stream, seen in _collect(plan, done, question).items()}
         try:
+            if not parts:
+                raise HeadwiseError(f"{question.name}: there was nothing for it to read in these inputs.")
             scores = {stream: _score(question, seen) for stream, seen in parts.items()}
             curves = {stream: question.profiles(seen) for stream, seen in parts.items()}
         except HeadwiseError as error:
