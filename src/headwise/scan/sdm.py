@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Float
 
 from headwise.errors import HeadwiseError
+from headwise.extras import need
 from headwise.paper import Paper
 
 PAPER = Paper("Attention Approximates Sparse Distributed Memory", "2111.05498")
@@ -47,6 +48,26 @@ def log_intersection(n: int, d: int) -> Float[np.ndarray, " distance"]:
     if n < 2 or not 0 <= d <= n:
         raise HeadwiseError(f"log_intersection wants n of at least 2 and 0 <= d <= n; got n={n!r}, d={d!r}.")
     return np.array(_log_intersection(n, d))
+
+
+def log_cap_intersection(n: int, d: int, cos: Float[np.ndarray, "*any"]) -> Float[np.ndarray, "*any"]:
+    """The same on the sphere, up to a constant: the log of the area two caps share whose centres have this cosine. A
+    cap reaches as far as radius d, `cos theta_d = 1 - 2 d / n`; with half the angle between the centres, t, the area is
+    `integral from t to theta_d of sin^(n-2)(phi) I(1 - (tan t / tan phi)^2; (n-2)/2, 1/2) dphi`, I the regularised
+    incomplete beta function. For radii below n/2."""
+    if not 0 < d < n / 2:
+        raise HeadwiseError(f"log_cap_intersection(d=...) wants a radius above 0 and below n/2 = {n / 2:g}; got {d!r}.")
+    edge = math.acos(1 - 2 * d / n)
+    half = np.arccos(np.clip(cos, -1, 1))[..., None] / 2
+    phi = half + (edge - half) * (np.arange(400) + 0.5) / 400  # midpoints
+    shared = need("scipy.special", "analysis").betainc(
+        (n - 2) / 2, 0.5, np.clip(1 - (np.tan(half) / np.tan(phi)) ** 2, 0, 1)
+    )
+    with np.errstate(divide="ignore", invalid="ignore"):
+        logs = np.logaddexp.reduce((n - 2) * np.log(np.sin(phi)) + np.log(shared), axis=-1) + np.log(
+            edge - half[..., 0]
+        )
+    return np.where(half[..., 0] < edge, logs, -np.inf)
 
 
 def fit_beta(n: int, d: int, reference_beta: bool = False) -> tuple[float, float, float]:
