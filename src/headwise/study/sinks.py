@@ -104,12 +104,13 @@ def sink_values(model: Any = "zoo:llm", sequences: int = 16, length: int = 256) 
     )
 
 
-def windows(opened: Opened, count: int, length: int) -> Int[Tensor, "count length"]:
-    """Windows of the English prose, evenly spread; they overlap where the text is too short for as many."""
+def windows(opened: Opened, count: int, length: int, start: float = 0.0) -> Int[Tensor, "count length"]:
+    """Windows of the English prose from a share `start` of it on, evenly spread; they overlap where the text is too
+    short for as many."""
     ids = opened.tokenizer(haystack(), add_special_tokens=False, return_tensors="pt")["input_ids"][0]
     if len(ids) < length:
         raise HeadwiseError(f"length: the text has {len(ids)} tokens, fewer than the {length} asked for.")
-    starts = np.linspace(0, len(ids) - length, count).astype(int)
+    starts = np.linspace(start * (len(ids) - length), len(ids) - length, count).astype(int)
     return torch.stack([ids[s : s + length] for s in starts])
 
 
