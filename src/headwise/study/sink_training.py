@@ -123,11 +123,11 @@ def sink_context(seeds: Sequence[int] = (0, 1), lengths: Sequence[int] = (16, 64
                 {"length": length, "seed": seed, "largest": largest, "over_uniform": largest - even, "rate": rate}
             )
     by_length = [[r["over_uniform"] for r in rows if r["length"] == length] for length in lengths]
-    holds = all(max(a) < min(b) for a, b in pairwise(by_length))
     means = [float(np.mean(x)) for x in by_length]
+    holds = all(max(a) < min(b) for a, b in pairwise(by_length)) and means[-1] > means[0] + 0.05
     return Finding(
         measured={"runs": rows, "lengths": list(lengths), "over_uniform": means},
-        expected="More above uniform with every step in length, on every seed.",
+        expected="More above uniform with every step in length, on every seed, and by 0.05 from the first to the last.",
         verdict="holds" if holds else "fails",
         reason=(
             f"In windows of {', '.join(map(str, lengths))} tokens the largest share of the first token is "
