@@ -84,6 +84,9 @@ EDITS = {
     "Blend(own)": hw.Blend(0.3, target="own", heads=[2]),
     "Blend(mean)": hw.Blend(0.3, target="mean"),
     "Blend(uniform)": hw.Blend(0.3, target="uniform"),
+    "Blend(tensor)": hw.Blend(torch.tensor([0.3, 1.0]), target=torch.ones(2, 8), layer=1, heads=[0, 2], tokens="rest"),
+    "Reweight(others)": hw.Reweight(lambda m: m.flip(-1).clamp(0.1, 2.0), groups=("first", "*")),
+    "Reweight(set)": hw.Reweight(lambda m: 1 / (1 + m), groups=torch.arange(20) % 2 == 0),
     "Shift": hw.Shift(q=torch.ones(8), heads=[0, 1]),
     "Rebase": hw.Rebase(theta=500.0, heads=[3]),
 }
@@ -126,6 +129,26 @@ def test_ablating_a_head_is_taking_its_part_from_the_residual_stream(llama: Llam
     np.testing.assert_allclose(tree["head_output"].values[:, 0, 0], seen["z"].numpy(), atol=1e-5)
     part = (seen["z"] @ layer.o_proj.weight[:, 8:16].T).norm(dim=-1)
     np.testing.assert_allclose(tree["residual_norm"].values[:, 0, 0], part.detach().numpy(), atol=1e-4)
+
+
+def test_blending_in_a_vector_moves_the_output_towards_it(llama: LlamaForCausalLM) -> None:
+    target, alpha = torch.randn(2, 8), torch.tensor([0.25, 1.0], requires_grad=True)
+    chosen = {"layers": 1, "heads": [0, 2]}
+    with hw.attend(llama, readings=[hw.HeadOutput(what="vector", **chosen)]) as run:
+        logits(llama)
+    plain = run.tree["text"]["head_output"].values[:, 0]
+    edit = hw.Blend(alpha, target=target, layer=1, heads=[0, 2], tokens="rest")
+    with hw.attend(llama, readings=[hw.HeadOutput(what="vector", **chosen)], edits=[edit]) as run:
+        llama(torch.arange(40).view(2, 20)).logits.sum().backward()
+    mixed = run.tree["text"]["head_output"].values[:, 0]
+    share = alpha.detach().numpy()[:, None, None]
+    np.testing.assert_allclose(
+        mixed[:, :, 1:], ((1 - share) * plain + share * target[:, None].numpy())[:, :, 1:], atol=1e-5
+    )
+    np.testing.assert_array_equal(mixed[:, :, 0], plain[:, :, 0])
+    assert (alpha.grad != 0).all()
+    with pytest.raises(hw.HeadwiseError, match=r"Blend\(alpha"), hw.attend(llama, edits=[hw.Blend(torch.ones(3))]):
+        logits(llama)
 
 
 def test_nested_blocks_compose(llama: LlamaForCausalLM) -> None:

@@ -62,6 +62,7 @@ def edits(draw, call: AttentionCall):
     vector = torch.randn(call.j0 + call.keys, generator=torch.Generator().manual_seed(3), dtype=call.q.dtype)
     step = torch.randn(call.q.shape[-1], generator=torch.Generator().manual_seed(4), dtype=call.q.dtype)
     every = list(range(call.heads))
+    some = torch.arange(call.j0 + call.keys) % 3 == 0
     kinds = {
         "gain": (ScoreBias(math.log(1.7), keys="middle"), heads),
         "knockout": (ScoreBias(-math.inf, keys="start", queries="end"), every),
@@ -69,6 +70,8 @@ def edits(draw, call: AttentionCall):
         "relative": (ScoreBias(1.0, keys="window:2"), heads),
         "map": (ScoreMap(lambda s: s + s.clamp(min=0), keys="middle", queries="start"), heads),
         "reweight": (Reweight(lambda m: 0.5 / m.clamp(min=1e-3).sqrt(), groups=("start", "end")), heads),
+        "others": (Reweight(lambda m: (1 + m).flip(-1), groups=("middle", "*")), heads),
+        "set": (Reweight(lambda m: 1 / (1 + m), groups=(some, "*")), every),
         "again": (Reweight(lambda m: 1 - m / 2, groups=("window:1",), queries="end"), every),
         "shift": (Shift(q=step, k=step, tokens="middle"), heads),
     }

@@ -9,11 +9,14 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from headwise.attention.readings import as_tuple, is_relative
 from headwise.errors import HeadwiseError
+
+OTHERS = "*"
+"""In `Reweight`: the keys of no other group."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -108,19 +111,25 @@ class ScoreMap(Edit):
 class Reweight(Edit):
     """`a'_ij = a_ij * w_i[group(j)]`, the weights `w = rule(masses)` a function of the groups' masses.
 
-    `groups` are segment names that don't overlap; keys of no group keep their weight. `rule` takes and returns
-    [batch, heads, query, group]; weights must be finite and not negative, and need not keep the sum."""
+    `groups` are segment names, or bools over keys, that don't overlap; "*" stands for all other keys, which otherwise
+    keep their weight. `rule` takes and returns [batch, heads, query, group]; weights must be finite and not negative,
+    and need not keep the sum."""
 
     rule: Callable[[Tensor], Tensor] = torch.ones_like
-    groups: Sequence[str] = ()
+    groups: Sequence[str | Bool[Tensor, " key"]] = ()
     queries: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "groups", (self.groups,) if isinstance(self.groups, str) else tuple(self.groups))
-        if not self.groups or len(set(self.groups)) != len(self.groups):
+        single = isinstance(self.groups, str | Tensor)
+        object.__setattr__(self, "groups", (self.groups,) if single else tuple(self.groups))
+        if not self.groups or len(set(self.groups)) != len(self.groups) or self.groups == (OTHERS,):
             raise HeadwiseError(f"Reweight(groups=...) must name different segments; got {self.groups!r}.")
-        if len(self.groups) > 1 and any(is_relative(g) for g in self.groups):
+        if any(isinstance(g, Tensor) and (g.ndim != 1 or g.dtype != torch.bool) for g in self.groups):
+            raise HeadwiseError("Reweight(groups=...): a group that is no name must be one bool a key.")
+        others = [g for g in self.groups if isinstance(g, str) and g != OTHERS]
+        alone = [g for g in others if is_relative(g) and (g != "first" or len(others) > 1)]
+        if len(self.groups) > 1 and alone:
             raise HeadwiseError(
                 f"Reweight(groups=...): a relative segment overlaps others, give it alone; got {self.groups!r}."
             )
@@ -147,15 +156,24 @@ class Reweight(Edit):
 @dataclass(frozen=True, eq=False)
 class Blend(Edit):
     """`z' = (1 - alpha) z + alpha z_target`; target: the query's own value ("own"), the mean value of the sequence's
-    valid keys ("mean"), or the mean value of the keys the query can see ("uniform")."""
+    valid keys ("mean"), the mean value of the keys the query can see ("uniform"), or a vector for every head chosen.
 
-    alpha: float = 0.0
-    target: Literal["own", "mean", "uniform"] = "own"
+    `alpha` is a number, or one for every head chosen (gradients reach it). `tokens` names the segment of queries it is
+    for (None: all)."""
+
+    alpha: float | Float[Tensor, " head"] = 0.0
+    target: Literal["own", "mean", "uniform"] | Float[Tensor, "head value_dim"] = "own"
+    tokens: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.target not in ("own", "mean", "uniform"):
-            raise HeadwiseError(f'Blend(target=...) must be "own", "mean" or "uniform"; got {self.target!r}.')
+        if isinstance(self.target, Tensor):
+            if self.target.ndim != 2:
+                raise HeadwiseError(
+                    f"Blend(target=...) must be [head, value_dim]; got shape {tuple(self.target.shape)}."
+                )
+        elif self.target not in ("own", "mean", "uniform"):
+            raise HeadwiseError(f'Blend(target=...) must be "own", "mean", "uniform" or a tensor; got {self.target!r}.')
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from headwise.attention.call import AttentionCall
-from headwise.attention.edits import Blend, Edit, HeadGain, Rebase, Reweight, ScoreBias, ScoreMap, Shift
+from headwise.attention.edits import OTHERS, Blend, Edit, HeadGain, Rebase, Reweight, ScoreBias, ScoreMap, Shift
 from headwise.attention.once import numbers, on
 from headwise.attention.readings import RELATIVE_LAGS, window_size
 from headwise.attention.rope import rebase
@@ -63,6 +63,28 @@ def key_set(call: AttentionCall, name: str) -> KeySet:
         return KeySet(gap=(-width, width))
     known = ", ".join(call.labels.names) if call.labels is not None else "none"
     raise HeadwiseError(f"There is no segment {name!r} in this run: its segments are {known}.")
+
+
+def key_groups(call: AttentionCall, edit: Reweight) -> list[KeySet]:
+    """The groups of a Reweight, in the order given."""
+    named = {n: given(call, g) for n, g in enumerate(edit.groups) if isinstance(g, Tensor) or g != OTHERS}
+    rest = torch.ones(1, call.keys, dtype=torch.bool, device=call.q.device)
+    if OTHERS in [g for g in edit.groups if isinstance(g, str)]:
+        for group in named.values():
+            assert group.mask is not None
+            rest = rest & ~group.mask
+    return [named.get(n, KeySet(given=rest)) for n in range(len(edit.groups))]
+
+
+def given(call: AttentionCall, group: str | Tensor) -> KeySet:
+    """A group by name, or by bools over positions: keys past their end (generated later) are not in it."""
+    if isinstance(group, str):
+        return key_set(call, group)
+    length = call.j0 + call.keys
+    if len(group) > length:
+        raise HeadwiseError(f"Reweight(groups=...) has {len(group)} entries, but the text has {length} tokens.")
+    full = torch.cat([on(group, call.q.device), torch.zeros(length - len(group), dtype=torch.bool).to(call.q.device)])
+    return KeySet(given=full[None, call.j0 :])
 
 
 def query_mask(call: AttentionCall, name: str | None) -> Bool[Tensor, "#batch query"] | None:
@@ -154,7 +176,7 @@ def resolve(call: AttentionCall, edits: Sequence[tuple[Edit, list[int]]]) -> Eff
         elif isinstance(edit, ScoreBias):
             effects.biases.append(_bias(call, edit, index))
         elif isinstance(edit, Reweight):
-            groups = [key_set(call, g) for g in edit.groups]
+            groups = key_groups(call, edit)
             effects.weighs.append(Weigh(edit, index, groups, query_mask(call, edit.queries)))
         elif isinstance(edit, (Blend, HeadGain)):
             effects.outputs.append((edit, index))
@@ -221,16 +243,30 @@ def finish(
     for edit, index in effects.outputs:
         out = out.clone()
         if isinstance(edit, Blend):
-            target = _target(call, edit, index, uniform).to(out)
-            out[:, index] = (1 - edit.alpha) * out[:, index] + edit.alpha * target
-            continue
-        new = _gained(call, edit, out[:, index])
+            new = _blended(edit, out[:, index], _target(call, edit, index, uniform).to(out))
+        else:
+            new = _gained(call, edit, out[:, index])
         tokens = query_mask(call, edit.tokens)
         out[:, index] = new if tokens is None else torch.where(tokens[:, None, :, None], new, out[:, index])
     return out
 
 
+def _blended(edit: Blend, z: Tensor, target: Tensor) -> Tensor:
+    alpha: float | Tensor = edit.alpha
+    if isinstance(alpha, Tensor):
+        if alpha.shape != z.shape[1:2]:
+            raise HeadwiseError(f"Blend(alpha=...) must be one number for each of {z.shape[1]} heads.")
+        alpha = alpha.to(z)[None, :, None, None]
+    return (1 - alpha) * z + alpha * target
+
+
 def _target(call: AttentionCall, edit: Blend, index: Tensor, uniform: Callable[[AttentionCall], Tensor]) -> Tensor:
+    if isinstance(edit.target, Tensor):
+        if edit.target.shape != (len(index), call.v.shape[-1]):
+            raise HeadwiseError(
+                f"Blend(target=...) must be [{len(index)}, {call.v.shape[-1]}]; got {tuple(edit.target.shape)}."
+            )
+        return edit.target[None, :, None]
     part = call.select(heads=index.tolist())
     if edit.target == "uniform":
         return uniform(part)
