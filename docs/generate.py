@@ -6,8 +6,9 @@ import json
 def write(folder):
     folder.mkdir(exist_ok=True)
     root = folder.parent.parent
-    for page in (evidence, questions, roles, zoo):
+    for page in (evidence, questions, roles, vocabulary, zoo):
         (folder / f"{page.__name__}.md").write_text(page(), encoding="utf-8")
+    (folder / "costs.md").write_text(costs(root), encoding="utf-8")
     (folder / "results.md").write_text(results(root), encoding="utf-8")
 
 
@@ -52,20 +53,56 @@ def short(value):
 
 
 def questions():
-    from headwise.scan import QUESTIONS
+    """A table of the core questions, one of the others; a row a column."""
+    from headwise.scan import CORE, QUESTIONS
 
-    rows = []
-    for kind in QUESTIONS:
-        question = kind()
-        for column in question.columns():
-            rows.append([f"`{kind.__name__}`", f"`{column.name}`", column.what, column.unit, cite(question.paper)])
-    return table(["question", "column", "what it measures", "unit", "paper"], rows)
+    parts = []
+    for title, kinds in (("Core", CORE), ("All the others", [kind for kind in QUESTIONS if kind not in CORE])):
+        rows = []
+        for kind in kinds:
+            question = kind()
+            for place, column in enumerate(question.columns()):
+                named = [f"`{question.name}` ({kind.__name__})", cite(question.paper)] if place == 0 else ["", ""]
+                rows.append([named[0], f"`{column.name}`", column.what, column.unit, named[1]])
+        parts.append(f"### {title}\n\n{table(['question', 'column', 'what it measures', 'unit', 'paper'], rows)}")
+    return "\n".join(parts)
+
+
+def costs(root):
+    """What benchmarks/scan_questions.py stored."""
+    path = root / "benchmarks" / "results" / "scan_questions.json"
+    if not path.exists():
+        return "No costs are stored yet.\n"
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    rows = stored.pop("questions")
+    head = {"question": "question", "asked of": "asked of", "passes": "passes of its own", "tokens": "tokens",
+            "seconds": "processor seconds"}  # fmt: skip
+    facts = "; ".join(f"{key}: {value}" for key, value in stored.items() if key != "command")
+    body = [[f"`{row['question']}`", *(row[key] for key in list(head)[1:])] for row in rows]
+    total = sum(row["seconds"] for row in rows)
+    return (
+        f"Measured by `{stored['command']}`. {facts}. All together {total:.0f} s.\n\n{table(list(head.values()), body)}"
+    )
 
 
 def roles():
-    from headwise.scan.roles import rules
+    from headwise.scan.roles import MIXED, ROLES
+    from headwise.scan.vocabulary import STAGES
 
-    return table(["role", "rule"], [[name, rule] for name, rule in rules().items()])
+    return table(["role", "rule", "stage"], [[r.name, r.rule, STAGES.get(r.stage, "")] for r in (*ROLES, MIXED)])
+
+
+def vocabulary():
+    """A table a stage: what the survey calls heads, and the column that measures it or comes nearest."""
+    from headwise.scan.vocabulary import FUNCTIONS, STAGES
+
+    parts = []
+    for stage, title in STAGES.items():
+        rows = [[f.name, f.does, f"`{f.column}`", f.nearest and f"only near: {f.nearest}"]
+                for f in FUNCTIONS if f.stage == stage]  # fmt: skip
+        head = ["head", "what it does", "column", "what the column leaves open"]
+        parts.append(f"## {title.capitalize()} ({stage})\n\n{table(head, rows)}")
+    return "\n".join(parts)
 
 
 def zoo():
