@@ -139,7 +139,7 @@ def test_blending_in_a_vector_moves_the_output_towards_it(llama: LlamaForCausalL
     plain = run.tree["text"]["head_output"].values[:, 0]
     edit = hw.Blend(alpha, target=target, layer=1, heads=[0, 2], tokens="rest")
     with hw.attend(llama, readings=[hw.HeadOutput(what="vector", **chosen)], edits=[edit]) as run:
-        llama(torch.arange(40).view(2, 20)).logits.sum().backward()
+        llama(IDS).logits.sum().backward()
     mixed = run.tree["text"]["head_output"].values[:, 0]
     share = alpha.detach().numpy()[:, None, None]
     np.testing.assert_allclose(
