@@ -49,8 +49,8 @@ def head_similarity(
     """Similarity of every head of `model_a` to every head of `model_b` (which may be the same one), with dims
     layer_a, head_a, layer_b, head_b; the method, unit and models stand in its attrs.
 
-    `inputs` is a list of texts, pictures or sounds. `unit="word"` compares the maps between words (rows divided by
-    their sum), for models that split them differently. `queries` rows of each input are compared, drawn at random, or
+    `inputs` is a list of texts, pictures or sounds. `unit="word"` compares the maps between words, for models that
+    split them differently; rows are divided by their sum. `queries` rows of each input are compared, drawn at random, or
     "all". Two models are asked about the same stream (None: the text, or the model's first).
 
     The maps of both are held for one block of rows at a time. Raises HeadwiseError where the two models have different
@@ -70,8 +70,9 @@ def head_similarity(
     for number, given in enumerate(inputs):
         parts, rows, units = 0.0, 0, 0
         with evaluating(model_a.model), evaluating(model_b.model):
-            for blocks, units in paired_rows(models, given, unit, stream, queries, seed + number):  # noqa: B007
+            for blocks in paired_rows(models, given, unit, stream, queries, seed + number):
                 sizes = [tuple(b.shape[:2]) for b in (blocks[0], blocks[-1])]
+                units = blocks[0].shape[3]
                 flat = [b.flatten(0, 1).double() for b in blocks]
                 parts = parts + METHODS[method](flat[0], flat[-1])
                 rows += blocks[0].shape[2]
@@ -93,8 +94,8 @@ def head_similarity(
 
 def paired_rows(
     models: Sequence[Opened], given: Any, unit: Unit, stream: str | None, queries: int | str, seed: int
-) -> Iterator[tuple[list[Float[Tensor, "layer head row unit"]], int]]:
-    """The maps of every model for the same rows of one input, block by block, and how many units it has."""
+) -> Iterator[list[Float[Tensor, "layer head row unit"]]]:
+    """The maps of every model for the same rows of one input, block by block."""
     batches = [encode_one(m, given) for m in models]
     streams = [main_stream(m, b, stream) for m, b in zip(models, batches, strict=True)]
     units = [find_units(m, given, token_count(m, b, s), unit) for m, b, s in zip(models, batches, streams, strict=True)]
@@ -102,9 +103,8 @@ def paired_rows(
     rows = draw(units[0].count, queries, seed)
     readers = [map_rows(m, b, u, rows, s) for m, b, u, s in zip(models, batches, units, streams, strict=True)]
     for blocks in zip(*readers, strict=True):
-        # Special tokens are no words: what goes to them is left out, and the rest shared out again.
-        shared = [b / b.sum(-1, keepdim=True).clamp(min=1e-12) for b in blocks] if unit == "word" else list(blocks)
-        yield shared, units[0].count
+        # What goes to tokens of no unit (special ones, a sound's padding) is left out, and the rest shared out again.
+        yield [b / b.sum(-1, keepdim=True).clamp(min=1e-12) for b in blocks]
 
 
 def same_units(models: Sequence[Opened], units: Sequence[Units], batches: Sequence[dict], unit: Unit) -> None:
@@ -164,14 +164,18 @@ def jensen_shannon(a: Rows, b: Rows) -> Pairs:
     same = a is b
     total = a.new_zeros(len(a), len(b))
     a, b = a.float(), b.float()
-    entropy_a, entropy_b = (torch.special.entr(x).sum((1, 2), dtype=torch.float64) for x in (a, b))
+    entropy_a, entropy_b = entropy(a), entropy(b)
     for n, head in enumerate(a):
         first = n if same else 0  # one model with itself: half of the pairs say all
-        middle = torch.special.entr((head + b[first:]) / 2).sum((1, 2), dtype=torch.float64)
-        total[n, first:] = middle - (entropy_a[n] + entropy_b[first:]) / 2
+        total[n, first:] = entropy((head + b[first:]) / 2) - (entropy_a[n] + entropy_b[first:]) / 2
     if same:
         total = total.triu() + total.triu(1).T
     return total.clamp(min=0)
+
+
+def entropy(x: Rows) -> Float[Tensor, " head"]:
+    """The entropies of all rows added up (three times as fast as torch.special.entr)."""
+    return -(x * (x + 1e-30).log()).sum(-1).sum(-1, dtype=torch.float64)
 
 
 METHODS: dict[str, Callable[[Rows, Rows], Pairs]] = {

@@ -45,7 +45,14 @@ class Maps:
         return len(self.head)
 
     def __getitem__(self, chosen: Int[Tensor, " some"]) -> Maps:
-        return Maps(self.weights[chosen], self.vectors[chosen], self.real[chosen], self.head[chosen])
+        """Some of the sentences, padded to the longest of them."""
+        n = int(self.real[chosen].sum(1).max())
+        return Maps(
+            self.weights[chosen][..., :n, :n],
+            self.vectors[chosen][:, :n],
+            self.real[chosen][:, :n],
+            self.head[chosen][:, :n],
+        )
 
 
 def word_maps(opened: Opened, corpus: Sequence[Sentence]) -> Maps:
