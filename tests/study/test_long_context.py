@@ -7,6 +7,7 @@ from tests.scan.models import llama
 from torch.nn import functional as F
 
 from headwise.attention import Map, attend
+from headwise.attention.engine import DENSE_PLACES
 from headwise.scan.long_context import LongContextHeads
 from headwise.study.long_context import localise, long_context_perplexity, long_context_prediction, look, passages
 
@@ -63,3 +64,15 @@ def test_the_studies_measure_every_criterion() -> None:
     assert set(found.measured["rise"]) == {"oracle", "gaussian", "static", "random"}
     for rises in found.measured["rise"].values():
         assert abs(rises["0.0"]) < abs(found.measured["rise_all_local"]), "only the smallest decision is local"
+
+
+def test_decisions_reach_their_queries_where_others_walk_in_blocks() -> None:
+    opened = llama()
+    wide = LongContextHeads(sink=4, local=8, queries=100)
+    ids = passages(opened, 1, 220)[0]
+    assert 100 * 220 > DENSE_PLACES, "large enough for blocks of queries"
+    found = look(opened, ids, wide)
+    every = np.ones(found.far.shape, bool)
+    with torch.no_grad():
+        logits = opened.model(input_ids=ids[None]).logits
+    assert found.loss(every) == pytest.approx(F.cross_entropy(logits[0, 120:-1], ids[121:]).item(), abs=1e-5)

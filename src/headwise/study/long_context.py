@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from headwise.attention import Reweight, attend
+from headwise.attention.engine import force_path
 from headwise.errors import HeadwiseError
 from headwise.models import Opened, Segments, open_model
 from headwise.paper import Paper
@@ -203,7 +204,8 @@ class Look:
             for layer in range(len(long))
         ]
         tail, cache = self.ids[None, queries.start :], copy.deepcopy(self.cache)
-        with attend(self.opened, edits=edits, segments=segments):
+        # Only the dense path gives a rule all queries at once; the others walk over blocks of them.
+        with force_path("dense"), attend(self.opened, edits=edits, segments=segments):
             logits = self.opened.model(input_ids=tail, past_key_values=cache, use_cache=True).logits
         return F.cross_entropy(logits[0, :-1].float(), tail[0, 1:]).item()
 
