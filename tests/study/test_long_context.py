@@ -70,7 +70,7 @@ def test_decisions_reach_their_queries_where_others_walk_in_blocks() -> None:
     opened = llama()
     wide = LongContextHeads(sink=4, local=8, queries=100)
     ids = passages(opened, 1, 220)[0]
-    assert 100 * 220 > DENSE_PLACES, "large enough for blocks of queries"
+    assert DENSE_PLACES < 100 * 220, "large enough for blocks of queries"
     found = look(opened, ids, wide)
     every = np.ones(found.far.shape, bool)
     with torch.no_grad():
