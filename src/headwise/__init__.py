@@ -1,8 +1,8 @@
 """headwise: scan, trace, steer, swap, slim and study the attention heads of any model.
 
 At the top stand `open_model`, `attend`, `probe`, `Segments`, and the readings and edits; the rooms are modules:
-`headwise.scan`, `headwise.study`, ... All is loaded when first asked for, so that `headwise --help` need not wait for
-torch.
+`headwise.scan`, `headwise.steer`, `headwise.study`, ... All is loaded when first asked for, so that `headwise --help`
+need not wait for torch.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from headwise.errors import HeadwiseError
 from headwise.paper import Paper
 
 if TYPE_CHECKING:
-    from headwise import attention, models, patterns, scan, studio, study
+    from headwise import attention, models, patterns, scan, steer, studio, study
     from headwise.attention import (
         At,
         Blend,
@@ -76,6 +76,7 @@ __all__ = [
     "patterns",
     "probe",
     "scan",
+    "steer",
     "studio",
     "study",
 ]
@@ -86,7 +87,7 @@ HOMES = {
     "open_model": "headwise.models.open",
 }
 """Where a name is that is neither a module nor in `headwise.attention`."""
-MODULES = ("attention", "models", "patterns", "scan", "studio", "study")
+MODULES = ("attention", "models", "patterns", "scan", "steer", "studio", "study")
 
 
 def __getattr__(name: str) -> Any:

@@ -1,0 +1,42 @@
+"""Attention knockout: queries of one segment no longer see keys of another, `s_ij = -inf`.
+
+What a later token then fails to do shows what passed along that edge.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from headwise.attention import Edit, ScoreBias
+from headwise.errors import HeadwiseError
+from headwise.models import Opened
+from headwise.paper import Paper
+from headwise.steer.method import Heads, Method, pairs
+
+
+@dataclass(frozen=True)
+class Knockout(Method):
+    """Cuts the attention from queries of `queries` (None: all) to keys of `keys`, in some layers or heads (None: all).
+
+    A query that is left with no key at all writes nothing."""
+
+    keys: str
+    queries: str | None = None
+    layers: Sequence[int] | None = None
+    heads: Heads = None
+    what: ClassVar[str] = "no attention from one segment to another"
+    paper: ClassVar[Paper] = Paper(
+        "Dissecting Recall of Factual Associations in Auto-Regressive Language Models", "2304.14767"
+    )
+
+    def __post_init__(self) -> None:
+        if self.layers is not None and self.heads is not None:
+            raise HeadwiseError("Knockout: give layers= or heads=, not both.")
+
+    def edits(self, opened: Opened) -> list[Edit]:
+        chosen = pairs(self.heads, opened)
+        layers = None if self.layers is None else tuple(self.layers)
+        return [ScoreBias(-math.inf, keys=self.keys, queries=self.queries, layer=layers, heads=chosen)]

@@ -1,0 +1,106 @@
+"""What a steering method is, and how several are put on a model and taken off again.
+
+A method is a frozen dataclass that says what it changes: `edits` of attention calls, and for the residual stream
+beside them `hooks`. One that must look before it acts is made ready by a second method that returns a new method
+(`calibrate(opened, examples)`, or `prepare(opened, batch)` for one that looks at the prompt itself).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import nn
+
+from headwise.attention import Edit, Run, attend
+from headwise.errors import HeadwiseError
+from headwise.models import Opened, Segments, open_model
+from headwise.paper import Paper
+from headwise.patterns import HeadPattern
+
+Heads = Sequence[tuple[int, int]] | HeadPattern | None
+"""(layer, head) pairs, or a pattern that a scan found (all of its heads); None stands for every head."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """Base of all methods. A subclass gives `paper`, `what` (one line for lists), and `edits` or `hooks`."""
+
+    paper: ClassVar[Paper] = Paper("", "")
+    what: ClassVar[str] = ""
+
+    @property
+    def name(self) -> str:
+        return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", type(self).__name__).lower()
+
+    def lacks(self, opened: Opened) -> str | None:
+        """What the model would need for this method, or None when it has it."""
+        return None
+
+    def edits(self, opened: Opened) -> list[Edit]:
+        """The changes of attention calls. A setting that changes nothing gives none, so that the model stays bit-equal
+        to itself."""
+        return []
+
+    def hooks(self, opened: Opened) -> AbstractContextManager[None]:
+        """What has to be changed beside attention."""
+        return nullcontext()
+
+
+@contextmanager
+def apply(
+    model: Opened | nn.Module,
+    *methods: Method,
+    segments: Segments | Mapping[str, Segments] | None = None,
+) -> Iterator[Run]:
+    """Steers every forward pass inside the block, also those of `generate()`, and leaves the model as it was.
+
+    Methods stack: edits of one kind apply in the order the methods are given; the kinds themselves in the fixed order
+    Shift, Rebase, ScoreMap, ScoreBias, Reweight, Blend, HeadGain. `segments` name the prompt's tokens; what is
+    generated after them is called "generated".
+
+    >>> with steer.apply(opened, steer.TokenScale(gain=2.0), steer.ScaleHeads(heads=[(3, 1)], gain=0.0)):
+    ...     opened.model.generate(**batch)
+    """
+    opened = model if isinstance(model, Opened) else open_model(model)
+    if not methods:
+        raise HeadwiseError("apply: give at least one method, such as steer.TokenScale(gain=2.0).")
+    edits: list[Edit] = []
+    for method in methods:
+        if not isinstance(method, Method):
+            raise HeadwiseError(f"apply: wanted steering methods such as steer.TokenScale(); got {method!r}.")
+        reason = method.lacks(opened)
+        if reason is not None:
+            raise HeadwiseError(f"apply: {method.name} needs {reason}; {opened.name} does not have that.")
+        edits += method.edits(opened)
+    with ExitStack() as stack:
+        for method in methods:
+            stack.enter_context(method.hooks(opened))
+        yield stack.enter_context(attend(opened, edits=edits, segments=segments))
+
+
+def pairs(heads: Heads, opened: Opened) -> list[tuple[int, int]] | None:
+    """The heads as (layer, head) pairs, checked against the model; None for all."""
+    if heads is None:
+        return None
+    if isinstance(heads, HeadPattern):
+        heads.check(opened.fingerprint, opened.name)
+        return heads.pairs(stream="text" if any(h.stream == "text" for h in heads.heads) else None)
+    chosen = [(int(layer), int(head)) for layer, head in heads]
+    if not chosen:
+        raise HeadwiseError("heads: wanted at least one (layer, head) pair, or None for all heads; got none.")
+    return chosen
+
+
+def by_layer(chosen: Sequence[tuple[int, int]]) -> dict[int, list[int]]:
+    """(layer, head) pairs as layer -> heads, in the order of the layers."""
+    return {layer: sorted(h for at, h in chosen if at == layer) for layer in sorted({layer for layer, _ in chosen})}
+
+
+def every_head(opened: Opened, stream: str | None = None) -> list[tuple[int, int]]:
+    """All (layer, head) pairs of a stream (None: the text, or the model's first)."""
+    stream = stream or ("text" if "text" in opened.streams else opened.streams[0])
+    return [(site.layer, head) for site in opened.sites if site.stream == stream for head in range(site.heads)]

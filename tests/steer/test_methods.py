@@ -1,0 +1,166 @@
+"""Every method: nothing at its neutral setting, what its formula says elsewhere, and the model left as it was."""
+
+import math
+
+import pytest
+import torch
+
+import headwise as hw
+from headwise import steer
+from headwise.models import Opened, Segments
+from tests.scan.models import llama
+
+IDS = torch.randint(3, 200, (1, 12), generator=torch.Generator().manual_seed(0))
+PARTS = Segments.from_spans({"first": (0, 1), "span": (3, 6), "last": (11, 12)}, 12)
+
+
+@pytest.fixture(scope="module")
+def opened() -> Opened:
+    return llama()
+
+
+def logits(opened: Opened) -> torch.Tensor:
+    with torch.no_grad():
+        return opened.model(IDS).logits
+
+
+def weights(opened: Opened, *methods: steer.Method) -> torch.Tensor:
+    """The whole map of layer 0, head 1, as a method leaves it: [query, key]."""
+    edits = [edit for method in methods for edit in method.edits(opened)]
+    reading = hw.Map(layers=0, heads=1)
+    with hw.attend(opened, readings=[reading], edits=edits, segments=PARTS) as run:
+        logits(opened)
+    return torch.tensor(run.tree["text"]["map"].values[0, 0, 0]).double()
+
+
+NEUTRAL = {
+    "TokenScale": steer.TokenScale(gain=1.0),
+    "ZeroTuning": steer.ZeroTuning(),
+    "Emphasis": steer.Emphasis("span", alpha=1.0),
+    "ScaleHeads": steer.ScaleHeads(gain=1.0),
+}
+ACTIVE = {
+    "TokenScale": steer.TokenScale(gain=2.5),
+    "ZeroTuning": steer.ZeroTuning(gain=0.5, heads=((0, 1), (1, 2))),
+    "Emphasis": steer.Emphasis("span", alpha=0.1),
+    "Knockout": steer.Knockout("span", queries="last"),
+    "ScaleHeads": steer.ScaleHeads(heads=((0, 1),), gain=-1.0),
+}
+
+
+def test_every_method_of_the_catalogue_is_tried_here() -> None:
+    assert {kind.__name__ for kind in steer.METHODS} == set(ACTIVE)
+    assert all(kind.what and kind.paper.title for kind in steer.METHODS)
+
+
+@pytest.mark.parametrize("name", NEUTRAL)
+def test_the_neutral_setting_is_the_plain_model_bit_for_bit(opened: Opened, name: str) -> None:
+    with steer.apply(opened, NEUTRAL[name], segments=PARTS):
+        steered = logits(opened)
+    assert torch.equal(steered, logits(opened))
+
+
+@pytest.mark.parametrize("name", ACTIVE)
+def test_a_method_takes_effect_and_is_undone(opened: Opened, name: str) -> None:
+    before = logits(opened)
+    with steer.apply(opened, ACTIVE[name], segments=PARTS):
+        assert (logits(opened) - before).abs().max() > 1e-4
+    assert torch.equal(before, logits(opened))
+
+
+@pytest.mark.parametrize("gain", [0.3, 4.0])
+def test_scaling_a_token_multiplies_and_renormalises(opened: Opened, gain: float) -> None:
+    a = weights(opened)
+    scaled = a.clone()
+    scaled[:, 0] *= gain
+    scaled /= scaled.sum(-1, keepdim=True)
+    torch.testing.assert_close(weights(opened, steer.TokenScale(gain=gain)), scaled, atol=1e-6, rtol=0)
+
+
+def test_gains_multiply(opened: Opened) -> None:
+    both = weights(opened, steer.TokenScale(gain=2.0), steer.TokenScale(gain=1.5))
+    torch.testing.assert_close(both, weights(opened, steer.TokenScale(gain=3.0)), atol=1e-6, rtol=0)
+
+
+def test_a_gain_of_zero_leaves_the_first_query_its_only_key(opened: Opened) -> None:
+    a = weights(opened, steer.TokenScale(gain=0.0))
+    assert a[0, 0] == 1
+    assert (a[1:, 0] == 0).all()
+    torch.testing.assert_close(a.sum(-1), torch.ones(12).double(), atol=1e-6, rtol=0)
+
+
+def test_emphasis_shrinks_everything_else(opened: Opened) -> None:
+    a = weights(opened)
+    share = torch.full((12,), 0.2).double()
+    share[3:6] = 1
+    wanted = a * share / (a * share).sum(-1, keepdim=True)
+    torch.testing.assert_close(weights(opened, steer.Emphasis("span", alpha=0.2)), wanted, atol=1e-6, rtol=0)
+
+
+def test_knockout_cuts_one_edge_only(opened: Opened) -> None:
+    a, cut = weights(opened), weights(opened, steer.Knockout("span", queries="last"))
+    assert (cut[11, 3:6] == 0).all()
+    torch.testing.assert_close(cut[:11], a[:11], atol=1e-6, rtol=0)
+    rest = a[11].clone()
+    rest[3:6] = 0
+    torch.testing.assert_close(cut[11], rest / rest.sum(), atol=1e-6, rtol=0)
+
+
+def test_knockout_in_some_layers_leaves_the_others(opened: Opened) -> None:
+    a = weights(opened)
+    torch.testing.assert_close(weights(opened, steer.Knockout("span", layers=[1])), a, atol=1e-7, rtol=0)
+
+
+def test_methods_stack_in_the_order_given(opened: Opened) -> None:
+    one, two = ACTIVE["TokenScale"], ACTIVE["ScaleHeads"]
+    with steer.apply(opened, one, two):
+        both = logits(opened)
+    with steer.apply(opened, one), hw.attend(opened, edits=two.edits(opened)):
+        assert torch.allclose(both, logits(opened), atol=1e-6)
+
+
+def test_a_pattern_of_another_model_is_refused(opened: Opened) -> None:
+    other = hw.scan.heads(llama(num_hidden_layers=3), texts=["the family is here"], questions=["sinks"]).pattern(
+        "sinks"
+    )
+    with (
+        pytest.raises(hw.HeadwiseError, match="scan this model"),
+        steer.apply(opened, steer.TokenScale(gain=2.0, heads=other)),
+    ):
+        pass
+
+
+def test_a_pattern_of_this_model_gives_its_heads(opened: Opened) -> None:
+    found = hw.scan.heads(opened, texts=["the family is here"], questions=["sinks"]).pattern("sinks")
+    [edit] = steer.TokenScale(gain=2.0, heads=found).edits(opened)
+    assert sorted(edit.heads) == [(layer, head) for layer in range(2) for head in range(4)]
+
+
+@pytest.mark.parametrize(
+    "wrong,said",
+    [
+        (lambda: steer.TokenScale(gain=-1.0), r"TokenScale\(gain"),
+        (lambda: steer.TokenScale(gain=math.inf), r"TokenScale\(gain"),
+        (lambda: steer.Emphasis("span", alpha=0.0), r"Emphasis\(alpha"),
+        (lambda: steer.ScaleHeads(gain=math.nan), r"ScaleHeads\(gain"),
+        (lambda: steer.Knockout("span", layers=[0], heads=[(0, 0)]), "layers= or heads="),
+        (lambda: steer.TokenScale(heads=(), gain=2.0).edits(llama()), "heads: wanted"),
+        (lambda: steer.Choice("a", (" b",)), r"Choice\(options"),
+        (lambda: steer.Choice("a", (" b", " c"), gold=2), r"Choice\(gold"),
+    ],
+)
+def test_bad_settings_say_what_was_wanted(wrong, said: str) -> None:
+    with pytest.raises(hw.HeadwiseError, match=said):
+        wrong()
+
+
+def test_an_unknown_segment_and_no_method_are_refused(opened: Opened) -> None:
+    with (
+        pytest.raises(hw.HeadwiseError, match="no segment 'nowhere'"),
+        steer.apply(opened, steer.Emphasis("nowhere"), segments=PARTS),
+    ):
+        logits(opened)
+    with pytest.raises(hw.HeadwiseError, match="at least one method"), steer.apply(opened):
+        pass
+    with pytest.raises(hw.HeadwiseError, match="wanted steering methods"), steer.apply(opened, hw.HeadGain()):
+        pass
