@@ -6,6 +6,7 @@ import torch
 import xarray as xr
 from tests.scan.models import bert, llama
 
+from headwise import scan
 from headwise.models import open_model
 from headwise.scan.grammar import Arc, Sentence
 from headwise.study.alignment import (
@@ -95,6 +96,14 @@ def test_layers_of_a_speech_model_and_a_text_model_are_compared() -> None:
     found = layers_drift_apart(tiny_whisper(), texts=[bert()], seconds=0.5)
     assert set(found.measured) == {"WhisperForConditionalGeneration", "BertModel"}
     assert all(-1 <= m["rank_correlation"] <= 1 for m in found.measured.values() if m["rank_correlation"] is not None)
+
+
+def test_a_sounds_padding_is_no_part_of_a_comparison() -> None:
+    opened, half = tiny_whisper(), sounds(0.5, 0)[:2]
+    assert scan.layer_features(opened, half, "token").shape == (3, 2 * 25, 32), "50 frames are one second"
+    alike = scan.head_similarity(opened, opened, half, "js", queries="all")
+    np.testing.assert_allclose(np.diag(alike.values.reshape(6, 6)), 1, atol=1e-6)
+    assert alike.min() >= 1 - np.log(2)
 
 
 def test_layers_that_drift_apart_are_told() -> None:

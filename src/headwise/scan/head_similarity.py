@@ -50,8 +50,8 @@ def head_similarity(
     layer_a, head_a, layer_b, head_b; the method, unit and models stand in its attrs.
 
     `inputs` is a list of texts, pictures or sounds. `unit="word"` compares the maps between words, for models that
-    split them differently; rows are divided by their sum. `queries` rows of each input are compared, drawn at random, or
-    "all". Two models are asked about the same stream (None: the text, or the model's first).
+    split them differently; rows are divided by their sum. `queries` rows of each input are compared, drawn at random,
+    or "all". Two models are asked about the same stream (None: the text, or the model's first).
 
     The maps of both are held for one block of rows at a time. Raises HeadwiseError where the two models have different
     units.
