@@ -9,13 +9,12 @@ from headwise.models import open_model
 from headwise.scan.reference_frames import FRAMES
 from headwise.scan.secondary_sinks import SecondarySinks, SinkToken
 from headwise.scan.sink_census import SinkCensus
+from headwise.study.frame_emergence import frame_emergence, small_model
 from headwise.study.reference_frames import (
     divergence,
-    frame_emergence,
     frame_origin_removed,
     frame_types,
     sentences,
-    small_model,
 )
 from headwise.study.secondary_sinks import after, scaling, secondary_sink_norm, secondary_sinks_exist
 from headwise.study.sink_census import later_sinks, later_sinks_harm
@@ -86,7 +85,7 @@ def test_hiding_a_token_changes_the_prediction_and_hiding_one_seen_by_none_does_
 
 
 def test_frame_types_measure_both_models_against_uniform_attention() -> None:
-    found = frame_types(llama(), bert(), texts=4)
+    found = frame_types(llama(), bert(), vision=None, texts=4)
     assert found.verdict == "fails", "random models have no such origin"
     assert {found.measured[name]["frame"] for name in ("decoder", "encoder")} <= set(FRAMES)
     assert found.measured["encoder"]["fiedler_uniform"] == pytest.approx(1)

@@ -183,6 +183,7 @@ def secondary_sink_norm(
             "factors": list(factors),
             "score": score.tolist(),
             "score_control": control.tolist(),
+            "falls_at_every_step": falls,
             "lifetime": mean["lifetime"].tolist(),
             "cosine_written": cosine["mlp_out"],
             "cosine_features": cosine["mlp_hidden"],
@@ -194,7 +195,8 @@ def secondary_sink_norm(
         verdict="holds" if holds else "fails",
         reason=(
             f"Scaled by {', '.join(f'{f:g}' for f in factors)} the score is "
-            f"{', '.join(f'{s:.3f}' for s in score)}; with random tokens scaled, "
+            f"{', '.join(f'{s:.3f}' for s in score)} ({'a fall' if falls else 'not a fall'} at every step), with "
+            f"random tokens scaled "
             f"{control.min():.3f} to {control.max():.3f}. What the MLP writes has a cosine of {cosine['mlp_out']:.2f} "
             f"to what it writes at the first token, what enters the layer {cosine['block_in']:.2f}."
         ),
