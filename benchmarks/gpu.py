@@ -22,6 +22,7 @@ def table(rows):
         unit = "ms" if "ms" in row else "s" if "seconds" in row else "tokens/s" if "tokens_per_s" in row else ""
         more = f"{row['tflops']:6.0f} TFLOP/s  {row['against_cudnn']:5.2f} x cuDNN" if "tflops" in row else ""
         more += f"{row['against_plain']:5.3f} x plain  " if "against_plain" in row else ""
+        more += f"fastest turn {row['fastest_against_plain']:5.3f} x plain  " if "fastest_against_plain" in row else ""
         more += f"chip alone {row['chip_ms']:.3f} ms  " if "chip_ms" in row else ""
         more += f"peak {row['peak_gib']:.1f} GiB" if "peak_gib" in row else ""
         if row["case"] == "relative error":

@@ -18,10 +18,9 @@ from torch import Tensor
 from headwise.attention.call import AttentionCall
 from headwise.attention.edits import Edit, HeadGain, Reweight, ScoreBias
 from headwise.attention.fused import LOG2E, multiprocessors
-from headwise.attention.fused_step_kernels import UNIT, step_mass, step_merge, step_split
+from headwise.attention.fused_step_kernels import step_merge, step_split
 from headwise.attention.incoming import Seen
 from headwise.attention.label_table import LabelTable
-from headwise.attention.once import numbers
 from headwise.attention.scratch import Scratch
 
 MOST_ROWS = 64
@@ -44,6 +43,7 @@ class Launch:
         self.kernel, self.settings = kernel, constants | options
         self.constants = tuple(constants.values())
         self.launch: Any = None
+        self.code: tuple[Any, ...] = ()
 
     def __call__(self, grid: tuple[int, int, int], stream: int, *arguments: Any) -> None:
         if self.launch is not None:
@@ -132,8 +132,10 @@ class FusedStep:
         self.batch, self.heads, _, self.dim = call.q.shape
         self.kv_heads, self.value_dim, self.exact = call.k.shape[1], call.v.shape[-1], call.q.dtype == torch.float32
         self.scale = call.scale if call.softcap is not None else call.scale * LOG2E
-        self.softcap, self.sinks = call.softcap, call.sinks
-        self.rule, self.chosen = tables.rule, numbers(tables.chosen, device)
+        self.has_softcap, self.softcap = call.softcap is not None, call.softcap or 1.0
+        self.has_sinks, self.sinks = call.sinks is not None, flag if call.sinks is None else call.sinks
+        self.rule, self.chosen, self.segments = tables.rule, len(tables.chosen), tables.segments
+        self.weighed_label = -1 if tables.weighed_label is None else tables.weighed_label
         part_of, slot = torch.full((len(names),), groups), torch.full((call.heads,), -1)
         if tables.rule is not None:
             part_of[[names.index(g) for g in tables.rule.groups]] = torch.arange(groups)
@@ -144,70 +146,81 @@ class FusedStep:
         programs = 2 * multiprocessors(device) // (self.batch * self.kv_heads)
         self.most = max(1, min(programs, 64))
         self.size = self.batch * self.heads * self.most * (groups + 1) * (self.value_dim + 1)
-        self.stream = triton.runtime.driver.active.get_current_stream if device.type == "cuda" else no_stream
-        self.launches: dict[tuple[bool, bool, bool], tuple[Launch, Launch, Launch]] = {}
+        self.like_out = torch.empty(self.batch, 1, self.heads, self.value_dim, dtype=call.q.dtype, device=device)
+        self.like_masses = torch.empty(self.batch, self.chosen, 1, groups, device=device)
+        self.index, self.stream, self.reach = device.index, -1, 0
+        self.current_stream = triton.runtime.driver.active.get_current_stream if device.type == "cuda" else no_stream
+        self.launches: dict[tuple[bool, bool, bool], tuple[Launch, Launch]] = {}
 
     def run(self, q: Tensor, k: Tensor, v: Tensor, seen: Seen) -> Tensor | None:
-        """[batch, 1, heads, value_dim]; None where the tensors lie in memory in a way the kernels don't know."""
-        if q.is_cuda and q.device.index != torch.cuda.current_device():
-            with torch.cuda.device(q.device):
+        """[batch, 1, heads, value_dim]; None where the tensors lie in memory in a way the kernels don't know.
+
+        The host is what decoding waits for: what can be known before is no work here.
+        """
+        if q.is_cuda and self.index != torch.cuda.current_device():
+            with torch.cuda.device(self.index):
                 return self.run(q, k, v, seen)
         position, j0, left, right, valid = seen
-        keys, batch, heads, flag, groups = k.shape[2], self.batch, self.heads, self.flag, self.groups
+        keys, batch, heads, chosen, flag = k.shape[2], self.batch, self.heads, self.chosen, self.flag
         (qb, qh, _, qd), (kb, kh, kk, kd), (vb, vh, vk, vd) = q.stride(), k.stride(), v.stride()
-        if (qb | qh | kb | kh | kk | vb | vh | vk) % UNIT.value or qd * kd * vd != 1:
+        if (qb | qh | kb | kh | kk | vb | vh | vk) % 8 or qd * kd * vd != 1:
             return None
         if (q.data_ptr() | k.data_ptr() | v.data_ptr()) % 16 or (valid is not None and valid.shape != (batch, keys)):
             return None
-        kind = (left is not None, right is not None, valid is not None)
-        if kind not in self.launches:
-            self.launches[kind] = self.prepare(*kind)
-        split, mass, merge = self.launches[kind]
-        labels = self.known.table(j0 + max(keys, position + 1), batch)
-        label_stride = labels.stride(0) if labels.shape[0] > 1 else 0
-        segments = self.tables.segments
-        splits = min(self.most, -(-keys // SPLIT_KEYS))
-        sinks = flag if self.sinks is None else self.sinks
-        stream = self.stream(self.device.index)
-        room = self.scratch.room(self.device, stream, self.size)
-        out = q.new_empty((batch, 1, heads, self.value_dim))
+        kind = (left is None, right is None, valid is None)
+        split, merge = self.launches.get(kind) or self.prepare(kind)
+        last = j0 + (keys if keys > position else position + 1)
+        if last > self.reach:
+            self.reach_to(last)
+        stream = self.current_stream(self.index)
+        if stream != self.stream:
+            self.stream = stream
+            self.room, self.done = self.scratch.room(self.device, stream, self.size, batch * self.kv_heads)
+        splits, segments, room, labels = min(self.most, -(-keys // SPLIT_KEYS)), self.segments, self.room, self.labels
+        out = torch.empty_like(self.like_out)
+        masses = factors = room if chosen == 0 else torch.empty_like(self.like_masses)
         split(
             (splits, batch * self.kv_heads, 1), stream, q, k, v, room, flag if valid is None else valid, labels,
-            self.bias, self.part_of, qb // 8, qh // 8, kb // 8, kh // 8, kk // 8, vb // 8, vh // 8, vk // 8, label_stride,
-            segments * segments, segments, keys, position, j0, left or 0, right or 0, self.scale, self.softcap or 1.0,
+            self.bias, self.part_of, self.sinks, self.slot, masses, self.done, chosen, qb // 8, qh // 8, kb // 8,
+            kh // 8, kk // 8, vb // 8, vh // 8, vk // 8, self.label_stride, segments * segments, segments, keys,
+            position, j0, left or 0, right or 0, self.scale, self.softcap,
         )  # fmt: skip
-        factors = room
         if self.rule is not None:
-            masses = room.new_empty((batch, len(self.tables.chosen), 1, groups))
-            mass((len(self.tables.chosen), batch, 1), stream, room, sinks, self.chosen, masses, splits)
             factors = self.rule.factors(masses)
-            if factors.dtype is not torch.float32 or factors.device != q.device or not factors.is_contiguous():
+            if factors.dtype is not torch.float32 or factors.device != self.device or not factors.is_contiguous():
                 factors = factors.to(masses).contiguous()
-        label = self.tables.weighed_label
         merge(
-            (heads, batch, 1), stream, room, sinks, factors, self.slot, self.gain, labels, out, flag, splits,
-            len(self.tables.chosen), j0 + position, label_stride, segments, -1 if label is None else label,
+            (heads, batch, 1), stream, room, self.sinks, factors, self.slot, self.gain, labels, out, flag, splits,
+            chosen, j0 + position, self.label_stride, segments, self.weighed_label,
         )  # fmt: skip
         return out
 
-    def prepare(self, has_left: bool, has_right: bool, has_valid: bool) -> tuple[Launch, Launch, Launch]:
-        """The three launches for masks of one form."""
-        group, parts, sinks = self.heads // self.kv_heads, self.groups + 1, self.sinks is not None
+    def reach_to(self, length: int) -> None:
+        """Labels for so many positions and more."""
+        self.labels = self.known.table(length, self.batch)
+        self.reach = self.labels.shape[1]
+        self.label_stride = self.reach if self.labels.shape[0] > 1 else 0
+
+    def prepare(self, without: tuple[bool, bool, bool]) -> tuple[Launch, Launch]:
+        """The two launches for masks without a left bound, a right bound, padding."""
+        group, parts = self.heads // self.kv_heads, self.groups + 1
         wide = triton.next_power_of_2(max(16, self.dim)), triton.next_power_of_2(max(16, self.value_dim))
         stretches = max(2, triton.next_power_of_2(self.most * parts))
         narrow = self.exact or max(wide) > 128
+        # What tables say of a key is read after its segment: a longer way, so more tiles must be under way.
+        stages = (2 if narrow else 3) + (2 if self.tables.bias is not None or parts > 1 else 0)
         split = Launch(
-            step_split, {"num_warps": 4, "num_stages": 2 if narrow else 3}, KV=self.kv_heads, GROUP=group, PARTS=parts,
-            HAS_LEFT=has_left, HAS_RIGHT=has_right, HAS_VALID=has_valid, HAS_BIAS=self.tables.bias is not None,
-            SOFTCAP=self.softcap is not None, EXACT=self.exact, D=self.dim, DP=wide[0], DV=self.value_dim, DVP=wide[1],
+            step_split, {"num_warps": 4, "num_stages": stages}, KV=self.kv_heads, GROUP=group, PARTS=parts,
+            HAS_LEFT=not without[0], HAS_RIGHT=not without[1], HAS_VALID=not without[2],
+            HAS_BIAS=self.tables.bias is not None, HAS_SINKS=self.has_sinks, SOFTCAP=self.has_softcap,
+            EXACT=self.exact, D=self.dim, DP=wide[0], DV=self.value_dim, DVP=wide[1],
             BM=triton.next_power_of_2(max(16, group * parts)), BN=32 if narrow else 64,
+            GP=triton.next_power_of_2(group), SP=stretches,
         )  # fmt: skip
-        mass = Launch(
-            step_mass, {"num_warps": 1}, H=self.heads, PARTS=parts, HAS_SINKS=sinks, DV=self.value_dim, SP=stretches
-        )
         merge = Launch(
-            step_merge, {"num_warps": 4}, H=self.heads, PARTS=parts, HAS_SINKS=sinks,
+            step_merge, {"num_warps": 8}, H=self.heads, PARTS=parts, HAS_SINKS=self.has_sinks,
             HAS_GAIN=self.tables.gain is not None, ONE_LABEL=self.tables.weighed_label is not None, DV=self.value_dim,
-            DVP=wide[1], SP=stretches, BR=min(32, stretches),
+            DVP=wide[1], SP=stretches, BR=min(128, stretches),
         )  # fmt: skip
-        return split, mass, merge
+        self.launches[without] = split, merge
+        return split, merge

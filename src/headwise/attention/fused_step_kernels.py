@@ -2,7 +2,9 @@
 
 `step_split` attends stretches of the keys. Its rows are the heads that share a key-value head, times the groups of
 Reweight and one more for the keys of no group: 16 rows are the least the tensor cores take, so the groups cost nothing.
-`step_mass` puts the stretches' log-sum-exps together to the groups' masses, `step_merge` the stretches' outputs.
+The program that is done last puts the stretches' log-sum-exps together to the groups' masses, for Reweight's rule.
+`step_merge` puts the stretches' outputs together. Every launch costs the host as much as five lines of Python, and the
+host is what decoding waits for.
 """
 
 import triton
@@ -12,19 +14,37 @@ from headwise.attention.fused_kernels import LOG2E, NEG, START, raw_scores
 
 # Strides come in units of this many entries: so the compiler knows that rows of keys begin at multiples of 16 bytes.
 UNIT = tl.constexpr(8)
-SPLIT_NUMBERS = ("sq_b", "sq_h", "sk_b", "sk_h", "sk_k", "sv_b", "sv_h", "sv_k", "label_stride", "bias_h", "bias_q",
-                 "keys", "position", "j0", "left", "right")  # fmt: skip
+SPLIT_NUMBERS = ("chosen", "sq_b", "sq_h", "sk_b", "sk_h", "sk_k", "sv_b", "sv_h", "sv_k", "label_stride", "bias_h",
+                 "bias_q", "keys", "position", "j0", "left", "right")  # fmt: skip
 MERGE_NUMBERS = ("splits", "chosen", "query_at", "label_stride", "segments", "weighed_label")
 
 
-@triton.jit(do_not_specialize=SPLIT_NUMBERS, do_not_specialize_on_alignment=("VALID",))
-def step_split(Q, K, V, ROOM, VALID, LABELS, BIAS, PART_OF,
+@triton.jit
+def put_together(LSE, SINKS, row, head, count, HAS_SINKS: tl.constexpr, SP: tl.constexpr):
+    """Base-2 log-sum-exps of some rows' stretches and groups [row, SP], and of all of a row with its sink [row]."""
+    place = tl.arange(0, SP)[None, :]
+    # Past the cache of this multiprocessor: other ones may have written them in this launch.
+    log = tl.load(LSE + row[:, None] * count + place, mask=place < count, other=float("-inf"), cache_modifier=".cg")
+    top = tl.maximum(tl.max(log, 1), START)
+    if HAS_SINKS:
+        sink = tl.load(SINKS + head).to(tl.float32) * LOG2E
+        top = tl.maximum(top, sink)
+        total = tl.sum(tl.exp2(log - top[:, None]), 1) + tl.exp2(sink - top)
+    else:
+        total = tl.sum(tl.exp2(log - top[:, None]), 1)
+    return log, top + tl.log2(tl.where(total > 0, total, 1.0))
+
+
+@triton.jit(do_not_specialize=SPLIT_NUMBERS, do_not_specialize_on_alignment=("VALID", "SINKS"))
+def step_split(Q, K, V, ROOM, VALID, LABELS, BIAS, PART_OF, SINKS, SLOT, MASSES, DONE, chosen,
                sq_b, sq_h, sk_b, sk_h, sk_k, sv_b, sv_h, sv_k, label_stride, bias_h, bias_q,
                keys, position, j0, left, right, scale, cap,
                KV: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr, HAS_LEFT: tl.constexpr,
-               HAS_RIGHT: tl.constexpr, HAS_VALID: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr,
-               EXACT: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
-               BM: tl.constexpr, BN: tl.constexpr):  # fmt: skip
+               HAS_RIGHT: tl.constexpr, HAS_VALID: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SINKS: tl.constexpr,
+               SOFTCAP: tl.constexpr, EXACT: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr,
+               DVP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, GP: tl.constexpr, SP: tl.constexpr):  # fmt: skip
+    """MASSES [batch, chosen head, 1, group]; SLOT: a head's place among the chosen ones, or -1. DONE [batch * KV]
+    counts the programs of a lane, and is 0 between launches."""
     split = tl.program_id(0)
     splits = tl.num_programs(0)
     lane = tl.program_id(1)
@@ -96,36 +116,21 @@ def step_split(Q, K, V, ROOM, VALID, LABELS, BIAS, PART_OF,
     at = ((batch.to(tl.int32) * KV * GROUP + head) * splits + split) * PARTS + part
     tl.store(ROOM + at[:, None] * DV + vdim[None, :], o / some[:, None], mask=there[:, None] & (vdim < DV)[None, :])
     tl.store(ROOM + rows * DV + at, tl.where(l > 0, m + tl.log2(some), float("-inf")), mask=there)
-
-
-@triton.jit
-def stretches(ROOM, SINKS, row, rows, head, count, DV: tl.constexpr, HAS_SINKS: tl.constexpr, SP: tl.constexpr):
-    """The base-2 log-sum-exps of a row's stretches and groups, and of all of them with the sink."""
-    place = tl.arange(0, SP)
-    log = tl.load(ROOM + rows * DV + row * count + place, mask=place < count, other=float("-inf"))
-    top = tl.maximum(tl.max(log, 0), START)
-    if HAS_SINKS:
-        sink = tl.load(SINKS + head).to(tl.float32) * LOG2E
-        top = tl.maximum(top, sink)
-        total = tl.sum(tl.exp2(log - top), 0) + tl.exp2(sink - top)
-    else:
-        total = tl.sum(tl.exp2(log - top), 0)
-    return place, log, top + tl.log2(tl.where(total > 0, total, 1.0))
-
-
-@triton.jit(do_not_specialize=("splits",), do_not_specialize_on_alignment=("SINKS",))
-def step_mass(ROOM, SINKS, HEADS, MASSES, splits,
-              H: tl.constexpr, PARTS: tl.constexpr, HAS_SINKS: tl.constexpr, DV: tl.constexpr,
-              SP: tl.constexpr):  # fmt: skip
-    """MASSES [batch, chosen head, 1, group] of the heads Reweight is for."""
-    at = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
-    head = tl.load(HEADS + tl.program_id(0)).to(tl.int32)
-    count = splits * PARTS
-    row = tl.program_id(1) * H + head
-    place, log, whole = stretches(ROOM, SINKS, row, tl.num_programs(1) * H * count, head, count, DV, HAS_SINKS, SP)
-    a = tl.exp2(log - whole)
-    for group in tl.static_range(PARTS - 1):
-        tl.store(MASSES + at * (PARTS - 1) + group, tl.sum(tl.where(place % PARTS == group, a, 0.0), 0))
+    if PARTS > 1:
+        tl.debug_barrier()
+        if tl.atomic_add(DONE + lane, 1, sem="acq_rel") == splits - 1:
+            tl.store(DONE + lane, 0)
+            member = tl.arange(0, GP)
+            mine = member < GROUP
+            own = kv_head * GROUP + tl.where(mine, member, 0)
+            slot = tl.where(mine, tl.load(SLOT + own), -1)
+            log, whole = put_together(ROOM + rows * DV, SINKS, (lane // KV) * KV * GROUP + own, own, splits * PARTS,
+                                      HAS_SINKS, SP)  # fmt: skip
+            a = tl.exp2(log - whole[:, None])
+            group = (tl.arange(0, SP) % PARTS)[None, :]
+            mass_at = MASSES + ((lane // KV) * chosen + slot) * (PARTS - 1)
+            for number in tl.static_range(PARTS - 1):
+                tl.store(mass_at + number, tl.sum(tl.where(group == number, a, 0.0), 1), mask=slot >= 0)
 
 
 @triton.jit(do_not_specialize=MERGE_NUMBERS, do_not_specialize_on_alignment=("SINKS", "FACTORS"))
@@ -141,7 +146,9 @@ def step_merge(ROOM, SINKS, FACTORS, SLOT, GAIN, LABELS, OUT, FLAG,
     row = batch * H + head
     count = splits * PARTS
     rows = tl.num_programs(1) * H * count
-    _, _, whole = stretches(ROOM, SINKS, row, rows, head, count, DV, HAS_SINKS, SP)
+    one = tl.arange(0, 1)
+    _, wholes = put_together(ROOM + rows * DV, SINKS, row + one, head + one, count, HAS_SINKS, SP)
+    whole = tl.sum(wholes, 0)
     query_label = tl.load(LABELS + batch.to(tl.int64) * label_stride + query_at)
     weighs = head < 0
     slot = head * 0

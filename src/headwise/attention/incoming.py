@@ -37,6 +37,7 @@ class Frame:
         self.calls: Counter[str] = Counter()
         self._padding = padding
         self._kept: dict[tuple, Any] = {}
+        self._last: tuple[Any, Seen | None] | None = None
 
     def _keep(self, key: tuple, make: Any, *arguments: Any) -> Any:
         # What the key knows by its id must live as long as the key.
@@ -65,7 +66,9 @@ class Frame:
 
     def seen(self, given: Any) -> Seen | None:
         """What the only query of this forward sees under the mask `given`; None where that takes more than numbers."""
-        return self._keep(("seen", id(given)), only_query, given, self.past)
+        if self._last is None or self._last[0] is not given:
+            self._last = given, self._keep(("seen", id(given)), only_query, given, self.past)
+        return self._last[1]
 
 
 def some_padding(padding: Any) -> Tensor | None:

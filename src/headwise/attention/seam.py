@@ -36,8 +36,8 @@ NAME = "headwise"
 
 ENTERED = ("scaled_dot_product_attention", "multi_head_attention_forward", "dispatch_attention_fn")
 """What a function mode sees, or leads to it."""
-_sessions: WeakKeyDictionary[nn.Module, Session] = WeakKeyDictionary()
-"""Every module of an attached model -> its session."""
+_sessions: dict[nn.Module, Session] = {}
+"""Every module of an attached model -> its session, while it is attached."""
 _originals: dict[int, str] = {}
 """id(config) -> the back end it named before we came."""
 PADDED = ("text", "encoder")

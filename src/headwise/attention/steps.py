@@ -36,7 +36,7 @@ class Step:
     kv: tuple[int, int, int]
     value_dim: int
     dtype: torch.dtype
-    device: torch.device
+    device: int
     given: tuple[Any, Any, Any]
     """scaling, softcap and sinks, as the model hands them over."""
     forced: str | None
@@ -59,7 +59,7 @@ class Step:
             and q.dtype is self.dtype
             and k.dtype is self.dtype
             and v.dtype is self.dtype
-            and q.device == self.device
+            and q.get_device() == self.device
             and get("scaling") == scaling
             and get("softcap") == softcap
             and get("s_aux") is sinks
@@ -100,7 +100,7 @@ def make_step(
         return None
     return Step(
         run, path, reason, call.q.shape, (call.batch, call.k.shape[1], call.k.shape[3]), call.v.shape[3], call.q.dtype,
-        device, (kwargs.get("scaling"), kwargs.get("softcap"), kwargs.get("s_aux")), forced,
+        call.q.get_device(), (kwargs.get("scaling"), kwargs.get("softcap"), kwargs.get("s_aux")), forced,
     )  # fmt: skip
 
 
