@@ -11,23 +11,27 @@ import sys
 import typer
 
 from headwise.cli.doctor import doctor
+from headwise.cli.generate import generate
 from headwise.cli.models import app as models
 from headwise.cli.patterns import app as patterns
 from headwise.cli.scan import scan
+from headwise.cli.steer import app as steer
 from headwise.cli.study import app as study
 from headwise.errors import HeadwiseError
 
 app = typer.Typer(
     name="headwise",
-    help="Scan and study the attention heads of any model, at the speed of flash attention.",
+    help="Scan, steer and study the attention heads of any model, at the speed of flash attention.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 app.command()(scan)
 app.command()(doctor)
+app.command()(generate)
 app.add_typer(models)
 app.add_typer(patterns)
+app.add_typer(steer)
 app.add_typer(study)
 
 

@@ -1,0 +1,112 @@
+"""`headwise steer`: the methods there are, and what one does to a model's text."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from headwise.cli.console import err, hush, out, print_json
+from headwise.cli.generate import PROMPT, SPAN_OPTION, TOKENS, written
+from headwise.errors import HeadwiseError
+from headwise.files import check_writable
+
+if TYPE_CHECKING:
+    from headwise.steer import Method
+
+app = typer.Typer(name="steer", help="Steering methods: list them, try one.", no_args_is_help=True)
+
+
+@app.command("list")
+def show(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """Name every method, its settings with their defaults, and its paper."""
+    hush()
+    from headwise.steer import METHODS
+
+    rows = [
+        {
+            "method": kind.__name__,
+            "what": kind.what,
+            "settings": {f.name: None if callable(f.default) else _plain(f.default) for f in fields(kind)},
+            "paper": {"title": kind.paper.title, "arxiv": kind.paper.arxiv},
+        }
+        for kind in METHODS
+    ]
+    if as_json:
+        return print_json(rows)
+    table = Table("method", "what it does", "settings", "paper")
+    for row in rows:
+        settings = ", ".join(f"{name}={value}" for name, value in row["settings"].items())
+        table.add_row(row["method"], row["what"], settings, f"{row['paper']['title']} ({row['paper']['arxiv']})")
+    out.print(table)
+
+
+@app.command("try")
+def attempt(
+    model: Annotated[str, typer.Argument(help="zoo:llm, a hub id, a folder or a GGUF file.")],
+    method: Annotated[str, typer.Argument(help="A name that `headwise steer list` shows.")],
+    prompt: PROMPT,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="NAME=VALUE, a setting of the method; heads=FILE.json takes a head pattern."),
+    ] = None,
+    span: SPAN_OPTION = None,
+    tokens: TOKENS = 48,
+    save: Annotated[Path | None, typer.Option(help="Write the recipe: a .json file for `headwise generate`.")] = None,
+) -> None:
+    """Print what the model writes with a method and without it, side by side."""
+    if save is not None:
+        check_writable(save)
+    hush()
+    import headwise as hw
+
+    chosen = made(method, settings or [])
+    with err.status(f"opening {model}"):
+        opened = hw.open_model(model)
+    plain = written(opened, prompt, span, tokens, ())
+    steered = written(opened, prompt, span, tokens, (chosen,))
+    table = Table("without", f"with {type(chosen).__name__}")
+    table.add_row(plain, steered)
+    out.print(table, markup=False)
+    if save is not None:
+        path = hw.steer.Recipe.of(opened, chosen).save(save)
+        out.print(f"wrote {path}", markup=False, highlight=False, soft_wrap=True)
+
+
+def made(name: str, settings: list[str]) -> Method:
+    """The method with the settings of the command line."""
+    from headwise.patterns import HeadPattern
+    from headwise.steer.catalogue import find
+
+    kind = find(name)
+    known = [f.name for f in fields(kind)]
+    values: dict[str, Any] = {}
+    for setting in settings:
+        key, equals, given = setting.partition("=")
+        if not equals or key not in known:
+            raise HeadwiseError(f"--set {setting}: wanted NAME=VALUE with one of {', '.join(known)}.")
+        values[key] = HeadPattern.load(given) if key == "heads" and given.endswith(".json") else _value(given)
+    try:
+        return kind(**values)
+    except TypeError as error:
+        raise HeadwiseError(f"--set: {kind.__name__} cannot be made ({error}).") from None
+
+
+def _value(given: str) -> Any:
+    """A number, list or null as JSON has them; anything else is a name."""
+    try:
+        return _frozen(json.loads(given))
+    except ValueError:
+        return given
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(_frozen(v) for v in value) if isinstance(value, list) else value
+
+
+def _plain(value: Any) -> Any:
+    return value if value is None or isinstance(value, str | int | float) else str(value)
