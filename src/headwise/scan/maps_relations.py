@@ -59,7 +59,7 @@ def relation_scores(
     """
     named = relation(pairs) if isinstance(pairs, str) else None
     words = named.pairs if named else pairs
-    if reason := lacks_token_map(opened):
+    if reason := lacks_token_map(opened, first_mlp):
         raise HeadwiseError(f"relation_scores: {opened.name} lacks {reason}.")
     if k is not None and k < 1:
         raise HeadwiseError(f"k: wanted at least 1; got {k}.")
@@ -96,7 +96,7 @@ def static_hits(
     raw, deep = embedded(opened, source), after_first_mlp(opened, source) if first_mlp else None
     gains: dict[int, Tensor] = {}
     if fold_norm:
-        sample = {"input_ids": source[None, :2]}
+        sample = {"input_ids": source[None, :1]}  # of one token: the last norm's output then reaches U uncut
         gains = {layer: gain(norm, len(unembed)) for layer, norm in norms_before(opened, sample, "text").items()}
         last = norms_before(opened, sample, "text", {-1: opened.model.get_output_embeddings()})
         unembed = unembed * gain(last[-1], len(unembed))[:, None] if last else unembed
@@ -194,7 +194,7 @@ class MapsRelations(Question):
         )
 
     def lacks(self, opened: Opened) -> str | None:
-        return lacks_token_map(opened)
+        return lacks_token_map(opened, self.first_mlp)
 
     def streams(self, opened: Opened) -> Sequence[str]:
         return ["text"]

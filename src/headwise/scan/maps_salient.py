@@ -38,7 +38,7 @@ def salient_mappings(
     opened: Opened, layer: int, head: int, n_tokens: int = 30, n_targets: int = 5, first_mlp: bool = True
 ) -> list[Mapping]:
     """The `n_tokens` tokens of largest gain with the `n_targets` tokens each becomes."""
-    if reason := lacks_token_map(opened):
+    if reason := lacks_token_map(opened, first_mlp):
         raise HeadwiseError(f"salient_mappings: {opened.name} lacks {reason}.")
     site = site_of(opened, layer, head)
     gains, tokens, targets = salient(
@@ -105,7 +105,7 @@ RULES: dict[str, Callable[[str, str], bool]] = {
     "first_letter": lambda a, b: len(b) == 1 and a[:1].lower() == b.lower() and len(a) > 1,
     "completion": lambda a, b: a.lower() != b.lower() and min(len(a), len(b)) > 1
     and (b.lower().startswith(a.lower()) or a.lower().endswith(b.lower())),
-    "other_script": lambda a, b: _script(a) != _script(b),
+    "other_script": lambda a, b: _script(a) != _script(b) and "none" not in (_script(a), _script(b)),
 }  # fmt: skip
 """Rule -> whether the target b follows from the token a by it; both without surrounding spaces."""
 
@@ -163,7 +163,7 @@ class SalientOperations(Question):
         )
 
     def lacks(self, opened: Opened) -> str | None:
-        return lacks_token_map(opened)
+        return lacks_token_map(opened, self.first_mlp)
 
     def streams(self, opened: Opened) -> Sequence[str]:
         return ["text"]

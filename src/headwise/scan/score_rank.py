@@ -113,7 +113,7 @@ def rank_of(singular: Float[Tensor, "*head dim"], tol: float) -> Int[Tensor, "*h
 def effective_rank(singular: Float[Tensor, "*head dim"]) -> Float[Tensor, "*head"]:
     """`exp(-sum p log p)` of the singular values divided by their sum; 0 where all are 0."""
     total = singular.sum(-1, keepdim=True)
-    p = singular / total.clamp(min=1e-300)
+    p = singular / total.clamp(min=torch.finfo(total.dtype).tiny)
     return torch.special.entr(p).sum(-1).exp() * (total[..., 0] > 0)
 
 

@@ -88,8 +88,8 @@ def fit_beta(n: int, d: int, reference_beta: bool = False) -> tuple[float, float
 
 @cache
 def beta_table(n: int) -> tuple[float, ...]:
-    """Beta of the radii 2..n//2, falling."""
-    return tuple(fit_beta(n, d)[0] for d in range(2, n // 2 + 1))
+    """Beta of the radii 2..n//2, made to fall: small radii of few points may fit out of order (3 and 4 of 64 bits)."""
+    return tuple(np.minimum.accumulate([fit_beta(n, d)[0] for d in range(2, n // 2 + 1)]).tolist())
 
 
 def radius_of_beta(n: int, beta: Float[np.ndarray, "*any"] | float) -> Float[np.ndarray, "*any"]:

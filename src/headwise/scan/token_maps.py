@@ -28,12 +28,14 @@ class _Enough(Exception):
     """Ends a forward pass once the first block has been seen."""
 
 
-def lacks_token_map(opened: Opened) -> str | None:
-    """A causal language model with a tokenizer whose first block has a plain feed-forward part."""
+def lacks_token_map(opened: Opened, first_mlp: bool = True) -> str | None:
+    """A causal language model with a tokenizer; for f, one whose first block has a plain feed-forward part."""
     if reason := lacks_language_model(opened):
         return reason
     if opened.tokenizer is None:
         return "a tokenizer, to find its words' tokens"
+    if not first_mlp:
+        return None
     try:
         first = find_blocks(opened.model, opened.sites, "text")[0]
     except HeadwiseError:
