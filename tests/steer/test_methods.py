@@ -11,7 +11,7 @@ from headwise.models import Opened, Segments
 from tests.scan.models import llama
 
 IDS = torch.randint(3, 200, (1, 12), generator=torch.Generator().manual_seed(0))
-PARTS = Segments.from_spans({"first": (0, 1), "span": (3, 6), "last": (11, 12)}, 12)
+PARTS = Segments.from_spans({"first": (0, 1), "span": (3, 6), "other": (7, 9), "last": (11, 12)}, 12)
 
 
 @pytest.fixture(scope="module")
@@ -37,12 +37,16 @@ NEUTRAL = {
     "TokenScale": steer.TokenScale(gain=1.0),
     "ZeroTuning": steer.ZeroTuning(),
     "Emphasis": steer.Emphasis("span", alpha=1.0),
+    "SplitSoftmax": steer.SplitSoftmax("span", tau=1.0),
     "ScaleHeads": steer.ScaleHeads(gain=1.0),
 }
 ACTIVE = {
     "TokenScale": steer.TokenScale(gain=2.5),
     "ZeroTuning": steer.ZeroTuning(gain=0.5, heads=((0, 1), (1, 2))),
     "Emphasis": steer.Emphasis("span", alpha=0.1),
+    "SplitSoftmax": steer.SplitSoftmax("span", tau=0.5),
+    "FoundInTheMiddle": steer.FoundInTheMiddle(("span", "other"), relevance=(0.0, 1.0)),
+    "ForceAttention": steer.ForceAttention((2, 5), queries="last"),
     "Knockout": steer.Knockout("span", queries="last"),
     "ScaleHeads": steer.ScaleHeads(heads=((0, 1),), gain=-1.0),
 }
@@ -111,6 +115,64 @@ def test_knockout_in_some_layers_leaves_the_others(opened: Opened) -> None:
     torch.testing.assert_close(weights(opened, steer.Knockout("span", layers=[1])), a, atol=1e-7, rtol=0)
 
 
+@pytest.mark.parametrize("tau", [0.4, 2.0])
+def test_split_softmax_raises_the_mass_to_a_power(opened: Opened, tau: float) -> None:
+    a = weights(opened)
+    p = a[:, 3:6].sum(-1, keepdim=True)
+    wanted = a.clone()
+    some = (p > 1e-5).squeeze(-1)  # queries before the span have nothing on it
+    wanted[some] = a[some] * (1 - p[some] ** tau) / (1 - p[some])
+    wanted[some, 3:6] = (a[:, 3:6] * p**tau / p)[some]
+    found = weights(opened, steer.SplitSoftmax("span", tau=tau))
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
+    torch.testing.assert_close(found.sum(-1), torch.ones(12).double(), atol=1e-5, rtol=0)
+
+
+def test_documents_get_the_shares_of_their_relevance_and_nothing_else_changes(opened: Opened) -> None:
+    method = steer.FoundInTheMiddle(("span", "other"), relevance=(0.2, 0.5), temperature=0.3, first_layer=0)
+    a, found = weights(opened), weights(opened, method)
+    share = torch.tensor([0.2, 0.5]).double().div(0.3).softmax(-1)
+    torch.testing.assert_close(method.shares, share, atol=1e-6, rtol=0)
+    both = a[9:, 3:6].sum(-1) + a[9:, 7:9].sum(-1)
+    torch.testing.assert_close(found[9:, 3:6].sum(-1), share[0] * both, atol=1e-5, rtol=0)
+    torch.testing.assert_close(found[9:, 7:9].sum(-1), share[1] * both, atol=1e-5, rtol=0)
+    inside = a[9:, 3:6] / a[9:, 3:6].sum(-1, keepdim=True)
+    torch.testing.assert_close(found[9:, 3:6], inside * found[9:, 3:6].sum(-1, keepdim=True), atol=1e-5, rtol=0)
+    others = [0, 1, 2, 6, 9, 10, 11]
+    torch.testing.assert_close(found[:, others], a[:, others], atol=1e-6, rtol=0)
+    torch.testing.assert_close(found[:7], a[:7], atol=1e-6, rtol=0)  # queries that don't see both documents
+
+
+def test_equal_relevance_shares_the_mass_equally(opened: Opened) -> None:
+    method = steer.FoundInTheMiddle(("span", "other"), relevance=(1.0, 1.0))
+    assert method.shares.tolist() == [0.5, 0.5]
+
+
+def test_relevance_is_attention_less_that_of_a_dummy_in_the_same_place() -> None:
+    # On a bidirectional-looking prompt of a random model the numbers mean nothing; that they are these does.
+    opened = llama()
+    docs = ["the family was pleased", "a man of large fortune", "the girls were there"]
+    empty = steer.FoundInTheMiddle(tuple(f"document {n + 1}" for n in range(3)))
+    method = empty.calibrate(opened, "the house", docs, "who is pleased")
+    assert len(method.relevance) == 3
+    same = empty.calibrate(opened, "the house", docs, "who is pleased", dummy=docs[1])
+    assert same.relevance[1] == pytest.approx(0.0, abs=1e-7)  # the document is its own dummy
+    with pytest.raises(hw.HeadwiseError, match="call calibrate"):
+        empty.edits(opened)
+
+
+def test_forced_attention_is_the_row_given(opened: Opened) -> None:
+    a = weights(opened)
+    method = steer.ForceAttention((2, 5), heads=((0, 1),), queries="last", weights=(1.0, 3.0))
+    found = weights(opened, method)
+    row = torch.zeros(12).double()
+    row[2], row[5] = 0.25, 0.75
+    torch.testing.assert_close(found[11], row, atol=1e-5, rtol=0)
+    torch.testing.assert_close(found[:11], a[:11], atol=1e-7, rtol=0)
+    own = steer.ForceAttention(tuple(range(12)), queries="last", weights=tuple(a[11].tolist()))
+    torch.testing.assert_close(weights(opened, own)[11], a[11], atol=1e-5, rtol=0)
+
+
 def test_methods_stack_in_the_order_given(opened: Opened) -> None:
     one, two = ACTIVE["TokenScale"], ACTIVE["ScaleHeads"]
     with steer.apply(opened, one, two):
@@ -144,6 +206,12 @@ def test_a_pattern_of_this_model_gives_its_heads(opened: Opened) -> None:
         (lambda: steer.Emphasis("span", alpha=0.0), r"Emphasis\(alpha"),
         (lambda: steer.ScaleHeads(gain=math.nan), r"ScaleHeads\(gain"),
         (lambda: steer.Knockout("span", layers=[0], heads=[(0, 0)]), "layers= or heads="),
+        (lambda: steer.SplitSoftmax("span", tau=0.0), r"SplitSoftmax\(tau"),
+        (lambda: steer.FoundInTheMiddle(("one",)), r"FoundInTheMiddle\(documents"),
+        (lambda: steer.FoundInTheMiddle(("one", "two"), relevance=(1.0,)), r"FoundInTheMiddle\(relevance"),
+        (lambda: steer.FoundInTheMiddle(("one", "two"), temperature=0.0), r"FoundInTheMiddle\(temperature"),
+        (lambda: steer.ForceAttention(()), r"ForceAttention\(targets"),
+        (lambda: steer.ForceAttention((1,), weights=(0.0,)), r"ForceAttention\(weights"),
         (lambda: steer.TokenScale(heads=(), gain=2.0).edits(llama()), "heads: wanted"),
         (lambda: steer.Choice("a", (" b",)), r"Choice\(options"),
         (lambda: steer.Choice("a", (" b", " c"), gold=2), r"Choice\(gold"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -31,7 +31,7 @@ def show(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = 
         {
             "method": kind.__name__,
             "what": kind.what,
-            "settings": {f.name: None if callable(f.default) else _plain(f.default) for f in fields(kind)},
+            "settings": {f.name: _plain(f.default) for f in fields(kind)},
             "paper": {"title": kind.paper.title, "arxiv": kind.paper.arxiv},
         }
         for kind in METHODS
@@ -109,4 +109,7 @@ def _frozen(value: Any) -> Any:
 
 
 def _plain(value: Any) -> Any:
+    """A default as JSON; "wanted" where a setting has none."""
+    if value is MISSING:
+        return "wanted"
     return value if value is None or isinstance(value, str | int | float) else str(value)

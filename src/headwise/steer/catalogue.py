@@ -4,13 +4,25 @@ from __future__ import annotations
 
 from headwise.errors import HeadwiseError
 from headwise.steer.emphasis import Emphasis
+from headwise.steer.force_attention import ForceAttention
+from headwise.steer.found_in_the_middle import FoundInTheMiddle
 from headwise.steer.knockout import Knockout
 from headwise.steer.method import Method
 from headwise.steer.scale_heads import ScaleHeads
+from headwise.steer.split_softmax import SplitSoftmax
 from headwise.steer.token_scale import TokenScale
 from headwise.steer.zero_tuning import ZeroTuning
 
-METHODS: tuple[type[Method], ...] = (TokenScale, ZeroTuning, Emphasis, Knockout, ScaleHeads)
+METHODS: tuple[type[Method], ...] = (
+    TokenScale,
+    ZeroTuning,
+    Emphasis,
+    SplitSoftmax,
+    FoundInTheMiddle,
+    ForceAttention,
+    Knockout,
+    ScaleHeads,
+)
 
 
 def find(name: str) -> type[Method]:
