@@ -38,6 +38,11 @@ NEUTRAL = {
     "ZeroTuning": steer.ZeroTuning(),
     "Emphasis": steer.Emphasis("span", alpha=1.0),
     "SplitSoftmax": steer.SplitSoftmax("span", tau=1.0),
+    "FocusDirections": steer.FocusDirections(torch.ones(2, 4, 8), alpha=0.0),
+    "FlattenBasin": steer.FlattenBasin(("span", "other"), (0.3, 0.1), strength=0.0),
+    "ACT": steer.ACT(beta=1.0),
+    "SoftInjection": steer.SoftInjection(torch.ones(2, 4, 8), torch.zeros(2, 4)),
+    "ConceptHeads": steer.ConceptHeads(((0, 1),), alpha=1.0),
     "ScaleHeads": steer.ScaleHeads(gain=1.0),
 }
 ACTIVE = {
@@ -46,6 +51,11 @@ ACTIVE = {
     "Emphasis": steer.Emphasis("span", alpha=0.1),
     "SplitSoftmax": steer.SplitSoftmax("span", tau=0.5),
     "FoundInTheMiddle": steer.FoundInTheMiddle(("span", "other"), relevance=(0.0, 1.0)),
+    "FocusDirections": steer.FocusDirections(torch.ones(2, 4, 8), heads=((0, 1), (1, 0))),
+    "FlattenBasin": steer.FlattenBasin(("span", "other"), (0.3, 0.1)),
+    "ACT": steer.ACT(sinks=((1, 2, (3, 4)),)),
+    "SoftInjection": steer.SoftInjection(torch.ones(2, 4, 8), torch.full((2, 4), 0.5)),
+    "ConceptHeads": steer.ConceptHeads(((0, 1),)),
     "ForceAttention": steer.ForceAttention((2, 5), queries="last"),
     "Knockout": steer.Knockout("span", queries="last"),
     "ScaleHeads": steer.ScaleHeads(heads=((0, 1),), gain=-1.0),

@@ -4,34 +4,54 @@
 `generate()`. A method is a small class of its own file.
 """
 
+from headwise.steer.act import ACT
+from headwise.steer.attn_rank import FlattenBasin, attn_rank
 from headwise.steer.catalogue import METHODS
 from headwise.steer.choices import Choice, accuracy, option_entropy, option_logprobs
+from headwise.steer.concept_heads import ConceptHeads, concept_scores, concept_tokens
 from headwise.steer.emphasis import Emphasis
+from headwise.steer.focus_directions import Focus, FocusDirections
 from headwise.steer.force_attention import ForceAttention
 from headwise.steer.found_in_the_middle import FoundInTheMiddle
 from headwise.steer.knockout import Knockout
 from headwise.steer.method import Method, apply
+from headwise.steer.prompts import mark_last
+from headwise.steer.pursuit import Pursuit, somp
 from headwise.steer.recipe import Recipe
 from headwise.steer.scale_heads import ScaleHeads
+from headwise.steer.soft_injection import SoftInjection, task_embedding
 from headwise.steer.split_softmax import SplitSoftmax
 from headwise.steer.token_scale import TokenScale
 from headwise.steer.zero_tuning import ZeroTuning
 
 __all__ = [
+    "ACT",
     "METHODS",
     "Choice",
+    "ConceptHeads",
     "Emphasis",
+    "FlattenBasin",
+    "Focus",
+    "FocusDirections",
     "ForceAttention",
     "FoundInTheMiddle",
     "Knockout",
     "Method",
+    "Pursuit",
     "Recipe",
     "ScaleHeads",
+    "SoftInjection",
     "SplitSoftmax",
     "TokenScale",
     "ZeroTuning",
     "accuracy",
     "apply",
+    "attn_rank",
+    "concept_scores",
+    "concept_tokens",
+    "mark_last",
     "option_entropy",
     "option_logprobs",
+    "somp",
+    "task_embedding",
 ]

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from headwise.errors import HeadwiseError
+from headwise.steer.act import ACT
+from headwise.steer.attn_rank import FlattenBasin
+from headwise.steer.concept_heads import ConceptHeads
 from headwise.steer.emphasis import Emphasis
+from headwise.steer.focus_directions import FocusDirections
 from headwise.steer.force_attention import ForceAttention
 from headwise.steer.found_in_the_middle import FoundInTheMiddle
 from headwise.steer.knockout import Knockout
 from headwise.steer.method import Method
 from headwise.steer.scale_heads import ScaleHeads
+from headwise.steer.soft_injection import SoftInjection
 from headwise.steer.split_softmax import SplitSoftmax
 from headwise.steer.token_scale import TokenScale
 from headwise.steer.zero_tuning import ZeroTuning
@@ -18,8 +23,13 @@ METHODS: tuple[type[Method], ...] = (
     ZeroTuning,
     Emphasis,
     SplitSoftmax,
+    FocusDirections,
     FoundInTheMiddle,
+    FlattenBasin,
+    ACT,
     ForceAttention,
+    SoftInjection,
+    ConceptHeads,
     Knockout,
     ScaleHeads,
 )

@@ -1,0 +1,123 @@
+"""Focus directions: one small vector per head, added to its queries, that raises the attention to relevant text.
+
+`q_i + alpha d` turns the scores by `alpha d . k_j` (times the scale): a bias of each key, the same for all queries. The
+vectors are learnt, each layer by itself on its own cached queries and keys, to raise the mass that the answer's tokens
+give to the relevant text: `loss = - mean over heads and answer tokens of sum_{j in relevant} a_ij`. A vector added to
+*all* keys cancels in the softmax, so that none is learnt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal, Self
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from headwise.attention import Edit, Inputs, Shift, attend
+from headwise.errors import HeadwiseError
+from headwise.models import Opened, Segments
+from headwise.paper import Paper
+from headwise.steer.method import Heads, Method, by_layer, every_head, pairs
+
+
+@dataclass(frozen=True, eq=False)
+class Focus:
+    """A text with its answer, and which of its tokens are "relevant" and "answer" by its segments."""
+
+    ids: Tensor
+    segments: Segments
+
+    def __post_init__(self) -> None:
+        for name in ("relevant", "answer"):
+            if name not in self.segments:
+                raise HeadwiseError(f"Focus(segments=...) must name a segment {name!r}; got {list(self.segments)}.")
+        self.segments.validate(self.ids.shape[-1])
+
+
+@dataclass(frozen=True, eq=False)
+class FocusDirections(Method):
+    """`directions` [layer, head, dim] from `calibrate`, times `alpha`, in `heads` (the contextual ones; None: all). The
+    paper's alpha is 0.2; a negative one takes attention away from relevant text."""
+
+    directions: Float[Tensor, "layer head dim"] | None = None
+    alpha: float = 0.2
+    heads: Heads = None
+    what: ClassVar[str] = "a learnt vector a head that looks for relevant text"
+    paper: ClassVar[Paper] = Paper(
+        "Focus Directions Make Your Language Models Pay More Attention to Relevant Contexts", "2503.23306"
+    )
+
+    def edits(self, opened: Opened) -> list[Edit]:
+        if self.alpha == 0:
+            return []
+        if self.directions is None:
+            raise HeadwiseError("FocusDirections has no directions yet: call calibrate(opened, examples).")
+        chosen = pairs(self.heads, opened) or every_head(opened)
+        return [
+            Shift(q=self.alpha * self.directions[layer, heads], layer=layer, heads=heads)
+            for layer, heads in by_layer(chosen).items()
+        ]
+
+    def calibrate(
+        self,
+        opened: Opened,
+        examples: Sequence[Focus],
+        epochs: int = 10,
+        lr: float = 1e-3,
+        loss: Literal["mass", "log_mass"] = "mass",
+        seed: int = 0,
+    ) -> Self:
+        """A copy with directions learnt on the examples, starting at normal numbers of variance 0.01. One forward pass
+        an example, the rest on what it left; the model's weights are not touched."""
+        if not examples or loss not in ("mass", "log_mass"):
+            raise HeadwiseError(f'calibrate wants examples, and loss= "mass" or "log_mass"; got {loss!r}.')
+        sites = [site for site in opened.sites if site.stream == "text"]
+        shape = (len(sites), max(s.heads for s in sites), max(s.head_dim for s in sites))
+        start = 0.1 * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+        directions = start.to(opened.device).requires_grad_()
+        optimizer = torch.optim.AdamW([directions], lr=lr)
+        cached = [Cached.of(opened, example) for example in examples]
+        for _ in range(epochs):
+            for one in cached:
+                with torch.enable_grad():
+                    mass = one.mass(directions)
+                    (-(mass if loss == "mass" else mass.clamp(min=1e-9).log()).mean()).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        return replace(self, directions=directions.detach().cpu())
+
+
+@dataclass(frozen=True)
+class Cached:
+    """Queries of the answer and all keys, of every layer, as the scores are made of them."""
+
+    q: Float[Tensor, "layer head answer dim"]
+    k: Float[Tensor, "layer head key dim"]
+    relevant: Tensor
+    seen: Tensor
+    scale: float
+
+    @classmethod
+    def of(cls, opened: Opened, example: Focus) -> Cached:
+        answer = example.segments.mask("answer").flatten().nonzero().flatten()
+        readings = [
+            Inputs(("q",), queries=answer.tolist(), stream="text", name="q"),
+            Inputs(("k",), stream="text", name="k"),
+        ]
+        with attend(opened, readings=readings) as run, torch.no_grad():
+            opened.model(input_ids=example.ids.reshape(1, -1).to(opened.device))
+        node = run.tree["text"].isel(sample=0)
+        q, k = (torch.tensor(node[name].values, device=opened.device) for name in ("q", "k"))
+        seen = torch.arange(k.shape[2])[None] <= answer[:, None]
+        relevant = example.segments.mask("relevant").flatten()
+        module = next(site for site in opened.sites if site.stream == "text").module
+        scale = float(getattr(module, "scaling", q.shape[-1] ** -0.5))
+        return cls(q, k, relevant.to(q.device), seen.to(q.device), scale)
+
+    def mass(self, directions: Tensor) -> Float[Tensor, "layer head answer"]:
+        """What the answer's queries, with these directions, give to the relevant text."""
+        s = torch.einsum("lhid,lhjd->lhij", self.q + directions[:, :, None], self.k) * self.scale
+        return s.masked_fill(~self.seen, -torch.inf).softmax(-1)[..., self.relevant].sum(-1)

@@ -1,0 +1,130 @@
+"""Soft injection of task embeddings: what a few-shot prompt does to the heads, given to a zero-shot prompt.
+
+`t[l, h]` is a head's mean output at the last token of many few-shot prompts of a task. On a zero-shot prompt, at its
+last token only, `z' = (1 - alpha) z + alpha t`, with `alpha[l, h] = sigmoid(x[l, h])` learnt by gradient descent on the
+first token of the answer while the model stays as it is. alpha also says which heads carry the task.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from headwise.attention import Blend, Edit, HeadOutput, attend
+from headwise.errors import HeadwiseError
+from headwise.models import Opened
+from headwise.paper import Paper
+from headwise.steer.method import Method
+from headwise.steer.prompts import LAST, mark_last
+
+CHECKS = 50
+"""Steps between two looks at the held-out examples."""
+
+
+@dataclass(frozen=True, eq=False)
+class SoftInjection(Method):
+    """`embedding` [layer, head, dim] and `alpha` [layer, head], from `calibrate` (or `task_embedding` and an alpha of
+    your own). The prompt's last token must be called "last": `segments=steer.mark_last(batch)`. Tokens generated after
+    it are not changed; they see what it wrote."""
+
+    embedding: Float[Tensor, "layer head dim"] | None = None
+    alpha: Float[Tensor, "layer head"] | None = None
+    what: ClassVar[str] = "what few-shot prompts do to the heads, without the shots"
+    paper: ClassVar[Paper] = Paper(
+        "Soft Injection of Task Embeddings Outperforms Prompt-Based In-Context Learning", "2507.20906"
+    )
+
+    def edits(self, opened: Opened) -> list[Edit]:
+        if self.embedding is None or self.alpha is None:
+            raise HeadwiseError("SoftInjection wants embedding= and alpha=: call calibrate(opened, ...).")
+        if self.embedding.shape[:2] != self.alpha.shape:
+            raise HeadwiseError(
+                f"SoftInjection(alpha=...) must be {tuple(self.embedding.shape[:2])} as the embedding's layers and "
+                f"heads; got {tuple(self.alpha.shape)}."
+            )
+        if not self.alpha.requires_grad and not self.alpha.any():
+            return []
+        return [
+            Blend(alpha, target=target, layer=layer, tokens=LAST)
+            for layer, (alpha, target) in enumerate(zip(self.alpha, self.embedding, strict=True))
+        ]
+
+    def calibrate(
+        self,
+        opened: Opened,
+        shots: Sequence[str],
+        train: Sequence[tuple[str, str]],
+        valid: Sequence[tuple[str, str]],
+        steps: int = 400,
+        lr: float = 0.2,
+        seed: int = 0,
+    ) -> Self:
+        """A copy with the embedding of the few-shot prompts `shots` and alpha learnt on `train`: (zero-shot prompt,
+        answer) pairs. Kept is the alpha of the lowest loss on `valid`, looked at every 50 steps and at the start."""
+        if not shots or not train or not valid or steps < 1:
+            raise HeadwiseError("calibrate wants shots, train and valid examples, and steps= of at least 1.")
+        embedding = task_embedding(opened, shots)
+        x = torch.zeros(embedding.shape[:2], device=opened.device, requires_grad=True)
+        optimizer = torch.optim.Adam([x], lr=lr)
+        order = torch.randint(len(train), (steps,), generator=torch.Generator().manual_seed(seed)).tolist()
+        best, lowest = x.detach().sigmoid(), float("inf")
+        with frozen(opened.model):
+            for step in range(steps + 1):
+                if step % CHECKS == 0 or step == steps:
+                    now = replace(self, embedding=embedding, alpha=x.detach().sigmoid())
+                    loss = sum(float(now.loss(opened, *pair)) for pair in valid) / len(valid)
+                    best, lowest = (now.alpha, loss) if loss < lowest else (best, lowest)
+                if step < steps:
+                    with torch.enable_grad():
+                        self.with_(embedding, x.sigmoid()).loss(opened, *train[order[step]]).backward()
+                    optimizer.step()
+                    optimizer.zero_grad()
+        return self.with_(embedding.cpu(), best.cpu())
+
+    def with_(self, embedding: Tensor, alpha: Tensor) -> Self:
+        return replace(self, embedding=embedding, alpha=alpha)
+
+    def loss(self, opened: Opened, prompt: str, answer: str) -> Float[Tensor, ""]:
+        """Cross-entropy (nats) of the answer's first token after the steered prompt."""
+        batch = opened.encode(prompt)
+        with attend(opened, edits=self.edits(opened), segments=mark_last(batch)):
+            logits = opened.model(**batch).logits[0, -1].float()
+        return -logits.log_softmax(-1)[first_token(opened, prompt, answer)]
+
+
+def first_token(opened: Opened, prompt: str, answer: str) -> int:
+    """The first token of the answer as it goes on from the prompt."""
+    start = opened.encode(prompt)["input_ids"].shape[1]
+    whole = opened.encode(prompt + answer)["input_ids"][0]
+    if len(whole) <= start:
+        raise HeadwiseError(f"answer: {answer!r} adds no token to the prompt.")
+    return int(whole[start])
+
+
+def task_embedding(opened: Opened, prompts: Sequence[str]) -> Float[Tensor, "layer head dim"]:
+    """The heads' mean outputs at the last token of these prompts."""
+    reading = HeadOutput(what="vector", per="head", queries=[-1], stream="text")
+    with attend(opened, readings=[reading]) as run, torch.no_grad():
+        for prompt in prompts:
+            opened.model(**opened.encode(prompt))
+    found = run.tree["text"]["head_output"].transpose("layer", "head", "channel").values
+    return torch.tensor(found, dtype=torch.float32, device=opened.device)
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter of the model gathers gradients inside."""
+    wanted = [p for p in model.parameters() if p.requires_grad]
+    for p in wanted:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in wanted:
+            p.requires_grad_(True)

@@ -1,0 +1,135 @@
+"""Focus directions and soft injection: what they learn, on small random models."""
+
+import pytest
+import torch
+
+import headwise as hw
+from headwise import steer
+from headwise.models import Opened, Segments
+from headwise.steer.focus_directions import Cached
+from tests.scan.models import llama
+
+IDS = torch.randint(3, 200, (14,), generator=torch.Generator().manual_seed(0))
+PARTS = Segments.from_spans({"relevant": (4, 8), "answer": (11, 14)}, 14)
+EXAMPLE = steer.Focus(IDS, PARTS)
+
+
+@pytest.fixture(scope="module")
+def opened() -> Opened:
+    return llama()
+
+
+def relevant(opened: Opened, *methods: steer.Method) -> torch.Tensor:
+    """The mass on the relevant tokens: [layer, head, answer token]."""
+    edits = [edit for method in methods for edit in method.edits(opened)]
+    reading = hw.Mass(("relevant",), queries=[11, 12, 13])
+    with hw.attend(opened, readings=[reading], edits=edits, segments=PARTS) as run, torch.no_grad():
+        opened.model(IDS[None])
+    return torch.tensor(run.tree["text"]["mass"].values[0, ..., 0])
+
+
+def test_the_loss_is_of_the_mass_the_model_has(opened: Opened) -> None:
+    with torch.no_grad():
+        mine = Cached.of(opened, EXAMPLE).mass(torch.zeros(2, 4, 8))
+    torch.testing.assert_close(mine, relevant(opened), atol=1e-5, rtol=0)
+
+
+def test_directions_raise_the_mass_they_were_learnt_for(opened: Opened) -> None:
+    fitted = steer.FocusDirections(alpha=1.0).calibrate(opened, [EXAMPLE], epochs=60, lr=0.05)
+    assert fitted.directions.shape == (2, 4, 8)
+    # Each layer is learnt on the plain model's queries and keys: the first layer's are the same when all is steered.
+    assert relevant(opened, fitted)[0].mean() > relevant(opened)[0].mean() + 0.1
+    again = steer.FocusDirections(alpha=1.0).calibrate(opened, [EXAMPLE], epochs=60, lr=0.05)
+    assert torch.equal(fitted.directions, again.directions)
+
+
+def test_a_direction_is_a_bias_of_every_key(opened: Opened) -> None:
+    d = torch.randn(2, 4, 8, generator=torch.Generator().manual_seed(2))
+    reading = [hw.Map(layers=0, heads=2), hw.Inputs(("k",), layers=0, heads=2)]
+    with hw.attend(opened, readings=reading) as run, torch.no_grad():
+        opened.model(IDS[None])
+    a, k = (torch.tensor(run.tree["text"][n].values[0, 0, 0]) for n in ("map", "input_k"))
+    wanted = a * torch.exp(0.3 * (k @ d[0, 2]) / 8**0.5)
+    with (
+        steer.apply(opened, steer.FocusDirections(d, alpha=0.3), segments=PARTS),
+        hw.attend(opened, readings=reading[:1]) as run,
+        torch.no_grad(),
+    ):
+        opened.model(IDS[None])
+    found = torch.tensor(run.tree["text"]["map"].values[0, 0, 0])
+    torch.testing.assert_close(found, wanted / wanted.sum(-1, keepdim=True), atol=1e-5, rtol=0)
+
+
+def test_one_vector_on_all_keys_changes_nothing(opened: Opened) -> None:
+    with torch.no_grad():
+        plain = opened.model(IDS[None]).logits
+        with hw.attend(opened, edits=[hw.Shift(k=torch.ones(8))]):
+            torch.testing.assert_close(opened.model(IDS[None]).logits, plain, atol=1e-4, rtol=0)
+
+
+def test_the_last_token_is_found_behind_and_before_padding() -> None:
+    ids, mask = torch.zeros(2, 4, dtype=torch.long), torch.tensor([[1, 1, 1, 0], [0, 1, 1, 1]])
+    assert steer.mark_last({"input_ids": ids, "attention_mask": mask}).mask("last").tolist() == [
+        [False, False, True, False],
+        [False, False, False, True],
+    ]
+    with pytest.raises(hw.HeadwiseError, match="input_ids"):
+        steer.mark_last({"pixels": ids})
+
+
+PROMPT = "the family was so much pleased"
+
+
+def test_a_prompts_own_outputs_injected_change_nothing(opened: Opened) -> None:
+    batch = opened.encode(PROMPT)
+    method = steer.SoftInjection(steer.task_embedding(opened, [PROMPT]), torch.ones(2, 4))
+    with torch.no_grad():
+        plain = opened.model(**batch).logits
+        with steer.apply(opened, method, segments=steer.mark_last(batch)):
+            torch.testing.assert_close(opened.model(**batch).logits, plain, atol=1e-5, rtol=0)
+
+
+def test_alpha_one_puts_the_embedding_in_place_at_the_last_token_only(opened: Opened) -> None:
+    embedding = torch.randn(2, 4, 8)
+    batch = opened.encode(PROMPT)
+    reading = hw.HeadOutput(what="vector")
+    found = []
+    for alpha in (0.0, 1.0):
+        edits = steer.SoftInjection(embedding, torch.full((2, 4), alpha)).edits(opened)
+        with (
+            hw.attend(opened, readings=[reading], edits=edits, segments=steer.mark_last(batch)) as run,
+            torch.no_grad(),
+        ):
+            opened.model(**batch)
+        found.append(torch.tensor(run.tree["text"]["head_output"].values[0]))
+    torch.testing.assert_close(found[1][:, :, -1], embedding, atol=1e-6, rtol=0)
+    torch.testing.assert_close(found[1][:, :, :-1], found[0][:, :, :-1], atol=1e-6, rtol=0)
+
+
+def test_injection_learns_alpha_alone(opened: Opened) -> None:
+    before = [p.clone() for p in opened.model.parameters()]
+    train = [(PROMPT, " with"), ("a man of large", " fortune")]
+    start = steer.SoftInjection(torch.randn(2, 4, 8), torch.full((2, 4), 0.5))
+    fitted = start.calibrate(opened, [PROMPT, "the girls"], train, train, steps=60, lr=0.3)
+    half = steer.SoftInjection(fitted.embedding, torch.full((2, 4), 0.5))
+    with torch.no_grad():
+        loss = [sum(float(m.loss(opened, *pair)) for pair in train) for m in (fitted, half)]
+    assert loss[0] < loss[1] - 0.01
+    assert all(
+        torch.equal(a, b) and b.requires_grad and b.grad is None for a, b in zip(before, opened.model.parameters())
+    )
+
+
+def test_bad_input(opened: Opened) -> None:
+    with pytest.raises(hw.HeadwiseError, match="segment 'relevant'"):
+        steer.Focus(IDS, Segments.positions(14))
+    with pytest.raises(hw.HeadwiseError, match="no directions yet"):
+        steer.FocusDirections().edits(opened)
+    with pytest.raises(hw.HeadwiseError, match="log_mass"):
+        steer.FocusDirections().calibrate(opened, [EXAMPLE], loss="none")
+    with pytest.raises(hw.HeadwiseError, match="wants embedding="):
+        steer.SoftInjection().edits(opened)
+    with pytest.raises(hw.HeadwiseError, match=r"SoftInjection\(alpha"):
+        steer.SoftInjection(torch.ones(2, 4, 8), torch.ones(2, 3)).edits(opened)
+    with pytest.raises(hw.HeadwiseError, match="adds no token"):
+        steer.soft_injection.first_token(opened, PROMPT, "")
