@@ -25,20 +25,16 @@ def test_weights_of_a_random_model_say_nothing_about_it() -> None:
     found = maps_correlation(llama(), relations=("pronoun", "name_copying"), pairs=8)
     assert found.verdict == "fails"
     assert set(found.measured) == {"pronoun", "name_copying"}
-    assert all(
-        -1 <= row["r_in_context"] <= 1 or np.isnan(row["r_in_context"])
-        for row in found.measured.values()
-        if row["r_in_context"] is not None
-    )
+    assert all(row["r_in_context"] is None or -1 <= row["r_in_context"] <= 1 for row in found.measured.values())
 
 
 def test_no_relation_is_mastered_by_a_random_model() -> None:
     with pytest.raises(HeadwiseError, match="masters none"):
-        maps_causal(llama(), relations=("pronoun", "superclass"), pairs=6)
+        maps_causal(llama(), relations=("pronoun", "name_copying"), pairs=6)
 
 
 def test_removing_heads_is_measured_where_something_is_mastered() -> None:
-    found = maps_causal(llama(), relations=("pronoun", "superclass"), pairs=6, draws=1, most=2, base_min=0.0)
+    found = maps_causal(llama(), relations=("antonym", "past_tense"), pairs=20, draws=1, most=2, base_min=0.0)
     assert found.measured["accuracy"] == 0
     assert all(row["drop"] == 0 for row in found.measured["relations"].values())
     assert found.verdict == "fails"
@@ -49,7 +45,8 @@ def test_heads_are_removed_at_the_last_token_only() -> None:
     pairs = token_pairs(opened, "pronoun", 5)
     ids = shots(opened, "pronoun", pairs)
     assert len(ids) == 2
-    assert opened.decode(ids[0]).count("->") == 4
+    assert ids[0, -2] == pairs[3, 0]
+    assert pairs[0].tolist() in ids[0].unfold(0, 3, 1)[:, ::2].tolist(), "an example: word, arrow, word"
     everything = [(site.layer, head) for site in opened.sites for head in range(site.heads)]
     with torch.no_grad():  # nothing but the last token's own path is left: its embedding and the feed-forward parts
         x = opened.model.model.embed_tokens(ids[:, -1:])

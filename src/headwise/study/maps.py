@@ -35,11 +35,14 @@ SHOTS = 3
 Heads = list[tuple[int, int]]
 
 
-def token_pairs(opened: Opened, name: str, most: int | None = None) -> Int[Tensor, "pair 2"]:
+def token_pairs(opened: Opened, name: str, most: int) -> Int[Tensor, "pair 2"]:
     """The first `most` pairs of a relation that are one token a word."""
     pairs = single_tokens(opened.tokenizer, relation(name).pairs)[:most]
-    if not pairs:
-        raise HeadwiseError(f"{opened.name}'s tokenizer writes no pair of {name} with one token a word.")
+    if len(pairs) <= SHOTS:
+        raise HeadwiseError(
+            f"relations: {opened.name}'s tokenizer writes {len(pairs)} pairs of {name} with one token a word; wanted "
+            f"more than {SHOTS}."
+        )
     return torch.tensor(pairs, device=opened.device)
 
 
@@ -82,7 +85,6 @@ def maps_correlation(
     top k of the head's output at the last token: with the head's own attention, and with all attention on the source
     word. Control: phi with the targets shuffled among the pairs."""
     opened = model if isinstance(model, Opened) else open_model(model)
-    stats = need("scipy.stats", "analysis")
     both = {name: token_pairs(opened, name, pairs) for name in relations}
     sizes = [len(p) for p in both.values()]
     source, target = torch.cat(list(both.values())).T
@@ -104,12 +106,12 @@ def maps_correlation(
     rows = {}
     for n, name in enumerate(both):
         phi, control, clean, forced = table[0, n], table[1, n], table[2::2, n], table[3::2, n]
-        r, p = stats.pearsonr(np.tile(phi, len(TEMPLATES)), forced.flatten())
+        r, p = pearson(np.tile(phi, len(TEMPLATES)), forced.flatten())
         rows[name] = {
             "pairs": sizes[n],
             "r_forced": r,
             "p_forced": p,
-            "r_in_context": np.corrcoef(np.tile(phi, len(TEMPLATES)), clean.flatten())[0, 1],
+            "r_in_context": pearson(np.tile(phi, len(TEMPLATES)), clean.flatten())[0],
             "highest_phi": phi.max(),
             "highest_phi_shuffled": control.max(),
         }
@@ -126,6 +128,14 @@ def maps_correlation(
         model=opened.name,
         seeds=[seed],
     )
+
+
+def pearson(x: Float[np.ndarray, " item"], y: Float[np.ndarray, " item"]) -> tuple[float, float]:
+    """r and its p-value; nan where one of the two is constant."""
+    if not np.ptp(x) or not np.ptp(y):
+        return float("nan"), float("nan")
+    found = need("scipy.stats", "analysis").pearsonr(x, y)
+    return float(found.statistic), float(found.pvalue)
 
 
 def shots(opened: Opened, name: str, pairs: Int[Tensor, "pair 2"]) -> Int[Tensor, "item token"]:
@@ -214,7 +224,7 @@ def maps_causal(
             "drop_control": float(np.mean(changes)) if changes else None,
         }
     if not rows:
-        raise HeadwiseError(f"{opened.name} masters none of the relations ({base}): nothing to remove.")
+        raise HeadwiseError(f"{opened.name} masters none of the relations that some head maps ({base}).")
     beats_random = [row["drop"] > row["drop_random"] + 0.1 for row in rows.values()]
     beats_control = [row["drop"] > row["drop_control"] for row in rows.values() if row["drop_control"] is not None]
     holds = np.mean(beats_random) >= 0.75 and (not beats_control or np.mean(beats_control) >= 0.75)
