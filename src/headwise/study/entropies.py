@@ -51,13 +51,19 @@ def feature_entropy_depth(
         rows.append(row)
     least = {place: min(row[f"{place}_class"] for row in rows) for place in ("attention", "mlp")}
     holds = min(least.values()) > 0.5
+
+    def mean_of(name: str) -> float:
+        return float(np.mean([row[name] for row in rows]))
+
     return Finding(
         measured={"seeds": rows, "least": least},
         expected="A rank correlation with depth above 0.5 for both, with every seed.",
         verdict="holds" if holds else "fails",
         reason=(
             f"Over class tokens the rank correlation of entropy with depth is at least {least['attention']:.2f} for "
-            f"attention and {least['mlp']:.2f} for the MLP (a DINOv2 with layer scales, read before them)."
+            f"attention and {least['mlp']:.2f} for the MLP (a DINOv2 with layer scales, read before them); over all "
+            f"tokens it is {mean_of('attention_all'):.2f} and {mean_of('mlp_all'):.2f} on average, with random weights "
+            f"{mean_of('attention_untrained'):.2f} and {mean_of('mlp_untrained'):.2f}."
         ),
         model=opened.name,
         seeds=list(seeds),
