@@ -70,6 +70,7 @@ def intermediate_layers_align(
     }
     beside = {name: scan.ila_index(values).as_dict() for name, values in curves.items()}
     control = scan.ila_index(curve(fresh, aim, "cka", nuisance=facts))
+    first = main.peak - float(curves["cka_mean"][0])
     holds = main.layer < len(features["mean"]) - 1 and main.low > 0
     return Finding(
         measured={
@@ -83,8 +84,9 @@ def intermediate_layers_align(
         verdict="holds" if holds else "fails",
         reason=(
             f"CKA with {other.name} peaks after layer {main.layer} of {len(features['mean'])} at {main.peak:.3f}, "
-            f"{main.advantage:.3f} above the last layer (95%: {main.low:.3f} to {main.high:.3f}); untrained at most "
-            f"{control.peak:.3f}. {other.name} stands in for the brain."
+            f"{main.advantage:.3f} above the last layer (95%: {main.low:.3f} to {main.high:.3f}), {first:.3f} above "
+            f"the first; with the last token instead of the mean after layer {beside['cka_last']['layer']}; untrained "
+            f"at most {control.peak:.3f}. {other.name} stands in for the brain."
         ),
         model=f"{opened.name}, {other.name}",
         seeds=[seed],
