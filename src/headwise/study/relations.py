@@ -138,7 +138,7 @@ def table(opened: Opened, seed: int, count: int) -> pd.DataFrame:
     claim="A probe on all attention maps finds head words better than an offset, and better still with word vectors.",
 )
 def attention_probe_ladder(
-    model: Any = "zoo:encoder", seeds: Sequence[int] = (0, 1, 2), train: int = 300, test: int = 100, steps: int = 300
+    model: Any = "zoo:encoder", seeds: Sequence[int] = (0, 1, 2), train: int = 200, test: int = 100, steps: int = 200
 ) -> Finding:
     """Unlabelled attachment on held-out sentences of the grammar. Beside the claim: the probe on words and distances
     without attention, and the attention probe on the maps of an untrained model."""
