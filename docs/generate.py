@@ -6,7 +6,7 @@ import json
 def write(folder):
     folder.mkdir(exist_ok=True)
     root = folder.parent.parent
-    for page in (evidence, questions, roles, vocabulary, zoo):
+    for page in (evidence, questions, roles, steer, vocabulary, zoo):
         (folder / f"{page.__name__}.md").write_text(page(), encoding="utf-8")
     (folder / "costs.md").write_text(costs(root), encoding="utf-8")
     (folder / "results.md").write_text(results(root), encoding="utf-8")
@@ -90,6 +90,12 @@ def roles():
     from headwise.scan.vocabulary import STAGES
 
     return table(["role", "rule", "stage"], [[r.name, r.rule, STAGES.get(r.stage, "")] for r in (*ROLES, MIXED)])
+
+
+def steer():
+    from headwise.steer import METHODS
+
+    return table(["method", "what it does", "paper"], [[f"`{m.__name__}`", m.what, cite(m.paper)] for m in METHODS])
 
 
 def vocabulary():
