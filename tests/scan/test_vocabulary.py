@@ -11,10 +11,11 @@ from tests.scan.models import llama
 
 COLUMNS = {column.name for kind in scan.QUESTIONS for column in kind().columns()}
 SURVEYED = """memory, constant, single letter, negative, previous token, positional, duplicate token, rare words,
-retrieval, global retrieval, subword merge, syntactic, name mover, letter mover, negative name mover, backup name mover,
-mover, context, content gatherer, sentiment summariser, subject, relation, semantic induction, induction, summary
-reader, function vector, in-context, truthfulness, accuracy, consistency, vulnerable, correct letter, iteration, successor,
-inhibition, arithmetic, mixed, amplification, correct, coherence, faithfulness"""
+retrieval, global retrieval, subword merge, syntactic, name mover, letter mover, negative name
+mover, backup name mover, mover, context, content gatherer, sentiment summariser, subject, relation,
+semantic induction, induction, summary reader, function vector, in-context, truthfulness, accuracy,
+consistency, vulnerable, correct letter, iteration, successor, inhibition, arithmetic, mixed,
+amplification, correct, coherence, faithfulness"""
 
 
 def test_every_function_the_survey_names_has_a_column_that_exists() -> None:

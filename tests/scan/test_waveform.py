@@ -70,7 +70,7 @@ def test_attention_by_distance_is_the_mean_of_the_dense_map() -> None:
         rows = range(ids.shape[1] - 19, ids.shape[1], 3)
         for s in range(1, 21):
             expected[..., s - 1] += np.mean([weights[..., i, i - s] for i in rows], axis=0) / 2
-    seen = found.data["attention_by_distance"].sel(stream="text").transpose("layer", "head", "distance")
+    seen = found.data["attention_by_distance"].sel(stream="text").transpose("layer", "head", "lag")
     np.testing.assert_allclose(seen.values, expected, atol=1e-6)
     wave = scan.rope_waveform(scan.model_frequencies(opened), 20)[1:]
     score = found.data["waveform_heads"].sel(stream="text")

@@ -200,6 +200,11 @@ def assemble(
         for name in dict.fromkeys(name for found in curves.values() for name in found):
             arrays = [found[name].expand_dims(stream=[stream]) for stream, found in curves.items() if name in found]
             profiles[name] = xr.concat(arrays, "stream", join="outer")
+            taken = {*profiles[name].dims, name} & {*grid.data, *known_columns(questions)}
+            if taken:
+                raise HeadwiseError(
+                    f"{question.name}: its profile {name!r} uses the name of a column, {taken.pop()!r}."
+                )
         for column in question.columns():
             found = {stream: score[column.name] for stream, score in scores.items() if column.name in score}
             if not found:
@@ -242,6 +247,10 @@ def assemble(
         about["sample"] = sample_rows(opened, prompts[0], notable(data, [c["name"] for c in columns]))
     data["about"] = json.dumps(about)
     return Scan(data.assign_attrs(headwise_scan=FORMAT))
+
+
+def known_columns(questions: Sequence[Question]) -> set[str]:
+    return {column.name for question in questions for column in question.columns()}
 
 
 def need_zarr() -> None:

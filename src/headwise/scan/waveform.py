@@ -137,12 +137,11 @@ class WaveformHeads(Question):
         return [At(lags=range(1, self.span + 1), queries=queries, per="head", stream="text")]
 
     def reduce(self, values: xr.Dataset, prompt: Prompt) -> xr.Dataset:
-        kept = values.rename(lag="distance")
         wave = rope_waveform(prompt.own, self.span)[1:]
-        return kept.assign(waveform=xr.DataArray(wave, {"distance": kept["distance"]}, ("distance",)))
+        return values.assign(waveform=xr.DataArray(wave, {"lag": values["lag"]}, ("lag",)))
 
     def score(self, values: xr.Dataset) -> dict[str, xr.DataArray]:
-        seen = values["at"].transpose("layer", "head", "distance")
+        seen = values["at"].transpose("layer", "head", "lag")
         flat = ripples(seen.values)
         wave = ripples(values["waveform"].values)
         found = rank_correlation(flat, wave)
