@@ -37,7 +37,7 @@ def plain_seconds(opened: Opened) -> float:
 
 
 def speed(device: torch.device) -> float:
-    """Operations a second of a product of two matrices of 768 x 768, at its best of a few: others may use the machine."""
+    """Operations a second of a product of two matrices of 768 x 768: the best of five, as others may be at work."""
     a = torch.randn(768, 768, device=device)
     a @ a
     seconds = []
