@@ -6,7 +6,7 @@ f(e_s) W_V W_O U` (`token_maps` says what f is), and the suppression score the s
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -19,6 +19,7 @@ from headwise.errors import HeadwiseError
 from headwise.models import Opened
 from headwise.models.anatomy import Site
 from headwise.paper import Paper
+from headwise.scan.grid import grid
 from headwise.scan.norms import gain, norms_before
 from headwise.scan.question import Column, Prompt, Question
 from headwise.scan.token_maps import after_first_mlp, embedded, lacks_token_map, unembedding, values
@@ -135,15 +136,6 @@ def among(
 
 def text_sites(opened: Opened) -> Iterator[Site]:
     return (site for site in opened.sites if site.stream == "text" and site.kind == "self")
-
-
-def grid(rows: Mapping[int, Float[Tensor, " head"]]) -> xr.DataArray:
-    """One number per head as [layer, head]; nan where a layer has fewer heads than another."""
-    width = max(len(row) for row in rows.values())
-    full = torch.full((len(rows), width), float("nan"))
-    for place, row in enumerate(rows.values()):
-        full[place, : len(row)] = row.cpu()
-    return xr.DataArray(full.numpy(), {"layer": list(rows), "head": range(width)}, ("layer", "head"))
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,8 @@ from headwise.errors import HeadwiseError
 from headwise.models import Opened
 from headwise.models.anatomy import Site
 from headwise.paper import Paper
-from headwise.scan.maps_relations import PAPER, grid, text_sites
+from headwise.scan.grid import grid
+from headwise.scan.maps_relations import PAPER, text_sites
 from headwise.scan.question import Column, Prompt, Question
 from headwise.scan.token_maps import after_first_mlp, embedded, lacks_token_map, site_of, unembedding, values
 

@@ -24,6 +24,7 @@ from torch import Tensor
 from headwise.attention import Inputs, Map, attend
 from headwise.errors import HeadwiseError
 from headwise.models import Opened
+from headwise.models.anatomy import Site
 from headwise.paper import Paper
 from headwise.scan.needs import quiet
 from headwise.scan.question import Column, Prompt, Question
@@ -36,7 +37,7 @@ class SelectionCapacity(Question):
     """`selection_capacity`: N_s / N at `n` tokens. `selection_capacity_rest`: the same with the first token left out,
     which as a sink takes much weight and writes almost nothing. `selection_precision`; `effective_tokens` = exp of the
     entropy; `softmax_jacobian`: spectral norm of `diag(alpha) - alpha alpha^T` (at most 1/2, two tokens of weight 1/2).
-    Means over `queries` evenly spread queries that see at least `row_min` tokens. Profiles `selection_curve_<measure>`
+    Means over `queries` random queries, those that see at least `row_min` tokens. Profiles `selection_curve_<measure>`
     hold every measure for each N of `top` (dims layer, head, top).
 
     `vectors`: "value" (v_i) or "value_o" (v_i W_O). A key with weight 0 counts as not seen."""
@@ -105,12 +106,9 @@ class SelectionCapacity(Question):
         return None if self.streams(opened) else "self-attention"
 
     def observe(self, opened: Opened, prompt: Prompt) -> dict[str, xr.Dataset]:
-        spread = sorted(
-            {round(x) for x in np.linspace(min(self.row_min, prompt.length) - 1, prompt.length - 1, self.queries)}
-        )
         streams = self.streams(opened)
         readings = [f for s in streams for f in (
-            Map(queries=spread, stream=s, name=f"map_{s}"), Inputs(("v",), stream=s, name=f"v_{s}")
+            Map(queries=self.queries, stream=s, name=f"map_{s}"), Inputs(("v",), stream=s, name=f"v_{s}")
         )]  # fmt: skip
         with attend(opened, readings) as run, torch.no_grad():
             opened.model(**prompt.inputs, **quiet(opened.model))
@@ -123,7 +121,7 @@ class SelectionCapacity(Question):
             vectors = node[f"v_{stream}"].transpose("layer", "sample", "head", ..., "channel")
             sites = {s.layer: s for s in opened.sites if s.stream == stream and s.kind == "self"}
             rows = [
-                self.measure(torch.as_tensor(alpha.values), torch.as_tensor(v.values), sites[int(layer)].W_O)
+                self.measure(torch.as_tensor(alpha.values), torch.as_tensor(v.values), sites[int(layer)])
                 for layer, alpha, v in zip(weights["layer"].values, weights, vectors, strict=True)
             ]
             place = {"layer": weights["layer"].values, "head": weights["head"].values}
@@ -138,18 +136,21 @@ class SelectionCapacity(Question):
         return found
 
     def measure(
-        self, alpha: Float[Tensor, "sample head query key"], v: Float[Tensor, "sample head key channel"], out: Tensor
+        self, alpha: Float[Tensor, "sample head query key"], v: Float[Tensor, "sample head key channel"], site: Site
     ) -> dict[str, np.ndarray]:
         """Every measure of a layer's heads, averaged over samples and queries: [head] or [head, top]."""
         if self.vectors == "value_o":
-            v = torch.einsum("shkc,hcd->shkd", v, out.detach().to(v))
+            v = torch.einsum("shkc,hcd->shkd", v, site.W_O.detach().to(v))
+        length = (alpha > 0).sum(-1, keepdim=True)
+        alpha, few = alpha.nan_to_num(), length < self.row_min
         kept: dict[str, Tensor] = {}
         for suffix, first in (("", 0), ("_rest", 1)):
             each = [selection(alpha[..., first:], v[..., first:, :], n) for n in self.top]
             kept |= {f"{name}{suffix}": torch.stack([e[name] for e in each], -1) for name in MEASURES}
-        kept["tokens"] = torch.special.entr(alpha.nan_to_num()).sum(-1).exp()
-        kept["jacobian"] = softmax_jacobian_norm(alpha.nan_to_num())
-        return {name: x.nanmean((0, 2)).numpy() for name, x in kept.items()}
+        kept["tokens"] = torch.special.entr(alpha).sum(-1).exp()
+        kept["jacobian"] = softmax_jacobian_norm(alpha)
+        rows = {name: x.masked_fill(few if x.ndim == few.ndim else few[..., 0], torch.nan) for name, x in kept.items()}
+        return {name: x.nanmean((0, 2)).numpy() for name, x in rows.items()}
 
     def score(self, values: xr.Dataset) -> dict[str, xr.DataArray]:
         return {

@@ -23,7 +23,7 @@ from headwise.errors import HeadwiseError
 from headwise.models import Opened
 from headwise.models.anatomy import Site
 from headwise.paper import Paper
-from headwise.scan.maps_relations import grid
+from headwise.scan.grid import grid
 from headwise.scan.norms import gain, norms_before, removes_mean
 from headwise.scan.question import Prompt, Question
 from headwise.scan.unselectable import PAPER, around_norms
@@ -59,7 +59,8 @@ class UniformQuery(Question):
             angles = {
                 site.layer: folded_angles(site, tokens[site.layer], norms[site.layer]).mean((0, 2))
                 for site in opened.sites
-                if site.stream == stream and site.layer in tokens and mean_free(norms[site.layer], tokens[site.layer])
+                if site.stream == stream and site.layer in tokens
+                if removes_mean(norms[site.layer], tokens[site.layer].shape[-1])
             }
             if angles:
                 found[stream] = xr.Dataset({"angle": grid(angles)})
@@ -69,10 +70,6 @@ class UniformQuery(Question):
 
     def score(self, values: xr.Dataset) -> dict[str, xr.DataArray]:
         return {"uniform_query": values["angle"], "uniform_query_sem": values["angle_sem"]}
-
-
-def mean_free(norm: nn.Module, tokens: Float[Tensor, "batch token dim"]) -> bool:
-    return removes_mean(norm, tokens.shape[-1])
 
 
 def folded_angles(
