@@ -79,8 +79,8 @@ def basin_profile(model: Any = "zoo:llm", question: AttentionBasin = ASKED, seed
 )
 def basin_answer(model: Any = "zoo:llm", question: AttentionBasin = ASKED, seed: int = 0) -> Finding:
     """Log-probability of the right answer by the slot its fact stands in, correlated over slots with the attention
-    profile of the layer of `basin_profile`; 95% interval over prompts, drawn slot by slot. Beside it: the correlation
-    with the mean profile of all layers."""
+    profile of the layer chosen as in `basin_profile`, here on all prompts; 95% interval over prompts, drawn slot by
+    slot. Beside it: the correlation with the mean profile of all layers."""
     opened = model if isinstance(model, Opened) else open_model(model)
     seen = measure(opened, question)
     shallow = profile(seen.mass[:, : -(-seen.mass.shape[1] // 3)])
