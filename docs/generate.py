@@ -2,6 +2,8 @@
 
 import json
 
+from charts import charts
+
 
 def write(folder):
     folder.mkdir(exist_ok=True)
@@ -9,7 +11,7 @@ def write(folder):
     for page in (evidence, questions, roles, steer, vocabulary, zoo):
         (folder / f"{page.__name__}.md").write_text(page(), encoding="utf-8")
     (folder / "costs.md").write_text(costs(root), encoding="utf-8")
-    (folder / "results.md").write_text(results(root), encoding="utf-8")
+    (folder / "results.md").write_text(results(root, folder), encoding="utf-8")
 
 
 def table(head, rows):
@@ -118,24 +120,37 @@ def zoo():
     return table(["name", "what it is", "package on PyPI", "licence"], rows)
 
 
-def results(root):
-    """The stored benchmark runs: what each says of itself, and its lists of measurements as tables."""
+def results(root, folder):
+    """The stored benchmark runs: what each says of itself, charts, and its lists of measurements as tables."""
     found = sorted((root / "benchmarks" / "results").glob("*.json"))
-    parts = [stored(path.stem, json.loads(path.read_text(encoding="utf-8"))) for path in found]
+    parts = [stored(path.stem, json.loads(path.read_text(encoding="utf-8")), folder) for path in found]
     return "\n".join(parts) or "No results are stored yet.\n"
 
 
-def stored(name, run):
+def stored(name, run, folder):
     run = run if isinstance(run, dict) else {"rows": run}
     tables = {key: value for key, value in run.items() if is_table(value)}
     facts = [f"- {key}: {short(value)}" for key, value in run.items() if key not in tables]
     parts = [f"### {name}", "\n".join(facts)]
-    for rows in tables.values():
+    for chart, svg in charts(run).items():
+        (folder / f"{name}_{chart}.svg").write_text(svg, encoding="utf-8")
+        parts.append(f"![{name}: {chart}](_generated/{name}_{chart}.svg)")
+    for rows in (group for table_rows in tables.values() for group in alike(table_rows)):
         head = list(
             dict.fromkeys(key for row in rows for key, value in row.items() if not isinstance(value, dict | list))
         )
         parts.append(table(head, [[short(row.get(key, "")) for key in head] for row in rows]))
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def alike(rows):
+    """Rows in order, those together that measure the same; one that failed measures what the one before does."""
+    groups = {}
+    kind = ()
+    for row in rows:
+        kind = kind if "failed" in row and kind else tuple(sorted(key for key in row if key not in ("explain", "note")))
+        groups.setdefault(kind, []).append(row)
+    return list(groups.values())
 
 
 def is_table(value):

@@ -37,7 +37,7 @@ def test_forward(name):
 def test_reweight_by_groups(name):
     from headwise.attention.fused import reweight
 
-    call = make(2, device=DEVICE, **CASES[name])
+    call = make(2, device=DEVICE, **{"queries": 20} | CASES[name])
     groups = [0, 1, -1, 1, 0]
     found, factors = reweight(call, groups, lambda masses: 1.5 - masses)
     mass = expected(call)["mass"]
@@ -53,7 +53,7 @@ def test_second_pass(name):
     from headwise.attention.fused import run
     from headwise.attention.fused_second import band_mass, first_mass, received
 
-    call = make(3, device=DEVICE, **CASES[name])
+    call = make(3, device=DEVICE, **{"queries": 20, "keys": 50} | CASES[name])
     wanted, lse = expected(call), run(call).lse
     a = wanted["weights"]
     valid = torch.rand(a.shape[0], a.shape[2], device=a.device) > 0.3
