@@ -93,7 +93,8 @@ def by_query(key: Key, chunks: list[Chunk], extra: list[Any] | None) -> xr.DataA
             array[(c.number, c.start + sample)][(*index, *ends)] = values[sample]
         if len(c.heads) == len(heads) and len(c.places) == len(places):
             # What was gathered need not be kept twice.
-            c.values = array[(c.number, slice(c.start, c.start + len(values)), layers.index(c.layer))][(..., *ends)]
+            mine = array[c.number, c.start : c.start + len(values), layers.index(c.layer)]
+            c.values = mine[(slice(None), slice(None), slice(None), *ends)]
     coords: dict[str, Any] = {"layer": layers, "head": heads, dims[0]: places}
     names = ("call", "sample", "layer", "head", *dims)
     return finish(array, names, coords, dims, extra, calls)
