@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -164,12 +164,17 @@ def correct(
         return opened.model(input_ids=ids, **quiet(opened.model)).logits[:, -1].argmax(-1) == target
 
 
-def ordered_heads(opened: Opened, pairs: Int[Tensor, "pair 2"], most: int) -> Heads:
-    """The heads with phi > 0, the highest first."""
-    k = torch.full((len(pairs),), default_k(opened, copying=False), device=pairs.device)
-    phi = {layer: hit[0].float().mean(-1) for layer, hit in static_hits(opened, pairs[:, 0], pairs[:, 1], k).items()}
-    ranked = sorted(((float(x), layer, h) for layer, row in phi.items() for h, x in enumerate(row)), reverse=True)
-    return [(layer, head) for score, layer, head in ranked[:most] if score > 0]
+def ordered_heads(opened: Opened, pairs: Mapping[str, Int[Tensor, "pair 2"]], most: int) -> dict[str, Heads]:
+    """For each relation the heads with phi > 0, the highest first."""
+    every = torch.cat(list(pairs.values()))
+    k = torch.full((len(every),), default_k(opened, copying=False), device=every.device)
+    hits = {layer: hit[0].float() for layer, hit in static_hits(opened, every[:, 0], every[:, 1], k).items()}
+    found, sizes = {}, [len(some) for some in pairs.values()]
+    for n, name in enumerate(pairs):
+        phi = {layer: hit.split(sizes, -1)[n].mean(-1) for layer, hit in hits.items()}
+        ranked = sorted(((float(x), layer, h) for layer, row in phi.items() for h, x in enumerate(row)), reverse=True)
+        found[name] = [(layer, head) for score, layer, head in ranked[:most] if score > 0]
+    return found
 
 
 def controls(name: str, base: dict[str, float], heads: dict[str, Heads]) -> Iterator[str]:
@@ -204,7 +209,7 @@ def maps_causal(
     targets = {name: both[SHOTS:, 1] for name, both in tokens.items()}
     base = {name: correct(opened, prompts[name], targets[name]).float().mean().item() for name in relations}
     known = [name for name in relations if base[name] >= base_min]
-    heads = {name: ordered_heads(opened, tokens[name], most) for name in known}
+    heads = ordered_heads(opened, {name: tokens[name] for name in known}, most) if known else {}
     everything = [(site.layer, head) for site in text_sites(opened) for head in range(site.heads)]
     draw = random.Random(seed)
     rows = {}
