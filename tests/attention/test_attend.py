@@ -284,3 +284,30 @@ def test_multihead_attention_with_masks_and_weights(batch_first: bool) -> None:
         assert torch.allclose(weights, same, atol=1e-6)
         rows = torch.tensor(next(iter(run.tree.children.values()))["map"].values[:, 0])
         assert torch.allclose(weights, rows if "average_attn_weights" in options else rows.mean(1), atol=1e-6)
+
+
+class Mixed(nn.Module):
+    """A model of transformers, entered by its registry, and one of PyTorch's own attention, by the function mode."""
+
+    def __init__(self, text: nn.Module):
+        super().__init__()
+        self.text = text
+        self.after = nn.MultiheadAttention(32, 4, batch_first=True)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        h = self.text(ids, output_hidden_states=True).hidden_states[-1]
+        return h + self.after(h, h, h)[0]
+
+
+def test_a_model_entered_in_both_ways_is_edited_once(llama: LlamaForCausalLM) -> None:
+    torch.manual_seed(0)
+    mixed = Mixed(llama).eval()
+    edit = hw.HeadGain(layer=0, gain=0.5)
+    with torch.no_grad():
+        with hw.attend(llama, edits=[edit]):
+            wanted = mixed(IDS)
+        with hw.attend(mixed, edits=[edit]) as run:
+            found = mixed(IDS)
+        assert torch.allclose(found, wanted, atol=1e-6)
+        assert (mixed(IDS) - wanted).abs().max() > 1e-4
+    assert {row.how for row in run.report} == {"registry", "function-mode"}

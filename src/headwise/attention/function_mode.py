@@ -50,9 +50,11 @@ class FunctionMode(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if self.session.stack and func is F.scaled_dot_product_attention:
+        if self.session.busy or not self.session.stack:
+            return func(*args, **kwargs)
+        if func is F.scaled_dot_product_attention:
             return self.sdpa(SDPA.bind(*args, **kwargs))
-        if self.session.stack and func is F.multi_head_attention_forward:
+        if func is F.multi_head_attention_forward:
             return self.mha(func, MHA.bind(*args, **kwargs))
         return func(*args, **kwargs)
 

@@ -57,6 +57,7 @@ class Session:
         self.frame: Frame | None = None
         self.steps: dict[nn.Module, Step] = {}
         self.scratch = Scratch()
+        self.busy = False
         self.depth = 0
         self.stack: list[nn.Module] = []
         self.ran: set[str] = set()
@@ -286,11 +287,24 @@ def registered(
         raise HeadwiseError(
             f"{type(module).__name__} was put into the model after attend began: enter attend again to reach it."
         )
-    step, frame = session.steps.get(module), session.frame
-    if step is not None and frame is not None:
-        quick = step(frame, query, key, value, attention_mask, kwargs)
-        if quick is not None:
-            return quick, None
+    # PyTorch's attention may be called on the way: this call is not to be seen once more by the function mode.
+    session.busy = True
+    try:
+        step, frame = session.steps.get(module), session.frame
+        if step is not None and frame is not None:
+            quick = step(frame, query, key, value, attention_mask, kwargs)
+            if quick is not None:
+                return quick, None
+        out = general(session, module, query, key, value, attention_mask, kwargs)
+    finally:
+        session.busy = False
+    return out.transpose(1, 2).contiguous(), None
+
+
+def general(
+    session: Session, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, given: Any, kwargs: dict[str, Any]
+) -> Float[Tensor, "batch heads query value_dim"]:
+    """A call of any kind, through all that the open runs want."""
     if kwargs.get("cache") is not None and hasattr(kwargs["cache"], "update"):
         key, value = kwargs["cache"].update(key, value, getattr(module, "layer_idx", 0), kwargs)
     if kwargs.get("dropout"):
@@ -298,9 +312,8 @@ def registered(
     causal = kwargs.get("is_causal")
     causal = getattr(module, "is_causal", False) if causal is None else causal
     cross = session.kind_of(module) == "cross"
-    call = describe(frame or Frame(0), cross, bool(causal), query, key, value, attention_mask, kwargs)
-    out = session.call(call, module, "registry", kwargs)
-    return out.transpose(1, 2).contiguous(), None
+    call = describe(session.frame or Frame(0), cross, bool(causal), query, key, value, given, kwargs)
+    return session.call(call, module, "registry", kwargs)
 
 
 _open: WeakKeyDictionary[nn.Module, Session] = WeakKeyDictionary()
@@ -327,4 +340,6 @@ def joined(model: nn.Module, run: Run, sites: list[Site] | None) -> Iterator[Ses
             yield session
         finally:
             session.runs.remove(run)  # a run keeps its session: the session must not keep the run
+            session.steps.clear()
+            session.scratch = Scratch()
             _open.pop(model, None)
