@@ -144,6 +144,13 @@ class AttentionCall:
         return call
 
 
+def expand_kv(call: AttentionCall) -> AttentionCall:
+    """One key-value head for every query head, where an edit treats heads of a group differently."""
+    if call.group == 1:
+        return call
+    return replace(call, k=call.k.repeat_interleave(call.group, 1), v=call.v.repeat_interleave(call.group, 1))
+
+
 def pick(x: Tensor | None, dim: int, index: Tensor) -> Tensor | None:
     """Entries of one dim, where that dim is there (size 1 means "the same for all")."""
     return x if x is None or x.shape[dim] == 1 else x.index_select(dim, index)

@@ -12,8 +12,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from headwise.attention.readings import as_tuple, is_relative
+from headwise.attention.readings import as_tuple
 from headwise.errors import HeadwiseError
+from headwise.models.segments import is_relative
 
 OTHERS = "*"
 """In `Reweight`: the keys of no other group."""

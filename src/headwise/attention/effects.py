@@ -10,12 +10,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from headwise.attention.call import AttentionCall
+from headwise.attention.call import AttentionCall, expand_kv
 from headwise.attention.edits import OTHERS, Blend, Edit, HeadGain, Rebase, Reweight, ScoreBias, ScoreMap, Shift
 from headwise.attention.once import numbers, on
-from headwise.attention.readings import RELATIVE_LAGS, window_size
+from headwise.attention.readings import RELATIVE_LAGS
 from headwise.attention.rope import rebase
 from headwise.errors import HeadwiseError
+from headwise.models.segments import window_size
 
 
 @dataclass(frozen=True)
@@ -199,13 +200,6 @@ def _bias(call: AttentionCall, edit: ScoreBias, index: Tensor) -> Bias:
     names = call.labels.names if call.labels is not None else ()
     label = names.index(edit.queries) if edit.queries in names else None
     return Bias(index, float(edit.value), keys, vector, query_mask(call, edit.queries), label)
-
-
-def expand_kv(call: AttentionCall) -> AttentionCall:
-    """One key-value head for every query head, where an edit treats heads of a group differently."""
-    if call.group == 1:
-        return call
-    return replace(call, k=call.k.repeat_interleave(call.group, 1), v=call.v.repeat_interleave(call.group, 1))
 
 
 def shifted(call: AttentionCall, edit: Shift, heads: list[int]) -> AttentionCall:

@@ -34,9 +34,9 @@ from headwise.attention.readings import (
     SegmentEntropy,
     Top,
     concrete,
-    window_size,
 )
 from headwise.attention.stream import stream
+from headwise.models.segments import window_size
 
 PLACE_ROWS = 2**14
 """Queries whose single places are read at once."""

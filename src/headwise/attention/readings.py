@@ -5,7 +5,6 @@ of these is wanted, where (layers, heads, queries) and how finely (`per="query"`
 valid queries of everything read, with count and standard error). `dense.py` holds each reading's meaning.
 """
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, Literal, cast
@@ -14,20 +13,11 @@ import torch
 from torch import Tensor
 
 from headwise.errors import HeadwiseError
+from headwise.models.segments import is_relative
 
 Selection = int | Sequence[int] | None
 RELATIVE_LAGS = {"self": 0, "previous": 1, "next": -1}
 """Relative segments that are one key per query: key = query - lag."""
-
-
-def window_size(name: str) -> int | None:
-    """The w of "window:w" (keys with |i-j| <= w), or None for any other name."""
-    found = re.fullmatch(r"window:(\d+)", name)
-    return int(found[1]) if found else None
-
-
-def is_relative(name: str) -> bool:
-    return name in RELATIVE_LAGS or name == "first" or window_size(name) is not None
 
 
 def as_tuple(value: Any, argument: str) -> tuple[int, ...] | None:

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from headwise.attention.call import AttentionCall
+from headwise.attention.call import AttentionCall, expand_kv
 from headwise.attention.edits import Rebase
 from headwise.errors import HeadwiseError
 
@@ -80,8 +80,7 @@ def rebase(call: AttentionCall, edit: Rebase, heads: list[int]) -> AttentionCall
             q=turn(call.q, angle(call.i), rotary.interleaved),
             k=turn(call.k, angle(keys), rotary.interleaved),
         )
-    if call.group > 1:
-        call = replace(call, k=call.k.repeat_interleave(call.group, 1), v=call.v.repeat_interleave(call.group, 1))
+    call = expand_kv(call)
     q, k = call.q.clone(), call.k.clone()
     q[:, chosen] = turn(q[:, chosen], angle(call.i), rotary.interleaved)
     k[:, chosen] = turn(k[:, chosen], angle(keys), rotary.interleaved)

@@ -7,6 +7,7 @@ edits understand and never labels; "first" may be both, as it is the same thing 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,9 +25,15 @@ Span = tuple[int, int]
 Spans = Mapping[str, "Span | Sequence[Span]"]
 
 
+def window_size(name: str) -> int | None:
+    """The w of "window:w" (keys with |i-j| <= w), or None for any other name."""
+    found = re.fullmatch(r"window:(\d+)", name)
+    return int(found[1]) if found else None
+
+
 def is_relative(name: str) -> bool:
     """Whether `name` is a relative kind, such as "self" or "window:8"."""
-    return name in RELATIVE[:4] or name.startswith("window:")
+    return name in RELATIVE[:4] or window_size(name) is not None
 
 
 @dataclass(frozen=True, eq=False)
