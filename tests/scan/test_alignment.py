@@ -36,10 +36,10 @@ def rotation(size: int) -> torch.Tensor:
 def test_a_system_is_aligned_with_itself_and_not_with_noise(method: str) -> None:
     x = noise()
     assert align(x, x, method).value == pytest.approx(1, abs=1e-3 if method == "ridge" else 1e-9)
-    unrelated = align(x, noise(seed=1), method)
+    unrelated = align(x, noise(seed=1), method, permutations=9)
     assert unrelated.value < 0.4
-    assert align(x, x, method, permutations=19).p == pytest.approx(1 / 20)
-    assert align(x, noise(seed=1), method, permutations=19).p > 0.05
+    assert align(x, x, method, permutations=9).p == pytest.approx(1 / 10)
+    assert unrelated.p > 0.1
 
 
 @pytest.mark.parametrize("method", ["cka", "mknn", "procrustes", "rsa"])
