@@ -151,6 +151,18 @@ def test_blending_in_a_vector_moves_the_output_towards_it(llama: LlamaForCausalL
         logits(llama)
 
 
+def test_readings_of_one_kind_may_differ_in_size(llama: LlamaForCausalLM) -> None:
+    x = torch.randn(20, 3)
+    wanted = [hw.Top(1), hw.Top(4, name="four"), hw.Propagate(x=x), hw.Propagate(x=x[:, :2], name="two")]
+    with hw.attend(llama, readings=wanted) as run:
+        logits(llama)
+    tree = run.tree["text"]
+    assert tree["top_value"].dims[-1] == "rank"
+    assert tree["four"].dims[-1] == "four_rank"
+    np.testing.assert_array_equal(tree["four"][..., :1], tree["top_value"])
+    np.testing.assert_allclose(tree["propagate"][..., :2], tree["two"], atol=1e-6)
+
+
 def test_nested_blocks_compose(llama: LlamaForCausalLM) -> None:
     one, two = hw.HeadGain(layer=0, heads=[0], gain=0.0), hw.HeadGain(layer=2, heads=[1], gain=0.0)
     with hw.attend(llama, edits=[one, two]):

@@ -40,11 +40,25 @@ def build(tally: Tally, sites: dict[str, Site]) -> xr.DataTree:
             nodes.setdefault(stream, {})[label + suffix] = array
     datasets = {}
     for stream, variables in nodes.items():
-        data = xr.Dataset({name: variables[name] for name in variables})
+        data = xr.Dataset(apart(variables))
         layers = {site.layer: site.name for site in sites.values() if site.stream == stream}
         data = data.assign_coords(module=("layer", [layers.get(int(n), "") for n in data.layer.values]))
         datasets[stream] = data
     return xr.DataTree.from_dict(datasets)
+
+
+def apart(variables: dict[str, xr.DataArray]) -> dict[str, xr.DataArray]:
+    """Two readings of one kind may differ in how many ranks or columns they have: the second's dim gets its name."""
+    sizes: dict[str, int] = {}
+    found = {}
+    for name, array in variables.items():
+        other = [
+            str(d)
+            for d in array.dims
+            if d not in array.coords and sizes.setdefault(str(d), array.sizes[d]) != array.sizes[d]
+        ]
+        found[name] = array.rename({dim: f"{name}_{dim}" for dim in other})
+    return found
 
 
 def dims_of(reading: Reading, name: str, ndim: int) -> tuple[str, ...]:
