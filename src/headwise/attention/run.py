@@ -216,7 +216,7 @@ class Run:
 
     def check(self) -> None:
         """On leaving: an edit took effect or raises, a reading that missed layers says so."""
-        if self.session.scratch.flagged():
+        if self.session.planner.scratch.flagged():
             raise HeadwiseError("Reweight(rule=...) returned weights that are negative or not finite.")
         missed = [r for r in self.report if r.status in ("bypassed", "refused")]
         for edit in self.edits:

@@ -23,8 +23,7 @@ from headwise.attention.carrier import Carrier, carry
 from headwise.attention.engine import run_call
 from headwise.attention.function_mode import FunctionMode
 from headwise.attention.incoming import Frame, describe, past_length
-from headwise.attention.scratch import Scratch
-from headwise.attention.steps import Step, make_step
+from headwise.attention.steps import Planner, Step
 from headwise.errors import HeadwiseError
 from headwise.models.anatomy import Site, attention_kind, find_sites, guess_stream
 
@@ -56,7 +55,7 @@ class Session:
         self.runs: list[Run] = []
         self.frame: Frame | None = None
         self.steps: dict[nn.Module, Step] = {}
-        self.scratch = Scratch()
+        self.planner = Planner()
         self.busy = False
         self.depth = 0
         self.stack: list[nn.Module] = []
@@ -199,11 +198,16 @@ class Session:
         """The next tokens of this site can go a quicker way, if there is one."""
         assert call.site is not None
         known = self.runs[-1].known(call.site.stream, call.q.device)
-        step = make_step(call, edits, given, known, self.scratch)
+        step = self.planner.plan(call, edits, given, known)
         if step is not None:
             self.steps[module] = step
             for run in self.runs:
                 run.paths[call.site.name] = (step.path, step.reason)
+
+    def forget_steps(self) -> None:
+        """After a run came or went: something else is wanted now."""
+        self.steps.clear()
+        self.planner.made.clear()
 
 
 def entrance(module: nn.Module) -> str:
@@ -325,12 +329,12 @@ def joined(model: nn.Module, run: Run, sites: list[Site] | None) -> Iterator[Ses
     session = _open.get(model)
     if session is not None:
         session.runs.append(run)
-        session.steps.clear()
+        session.forget_steps()
         try:
             yield session
         finally:
             session.runs.remove(run)
-            session.steps.clear()
+            session.forget_steps()
         return
     session = Session(model, sites)
     session.runs.append(run)
@@ -341,5 +345,5 @@ def joined(model: nn.Module, run: Run, sites: list[Site] | None) -> Iterator[Ses
         finally:
             session.runs.remove(run)  # a run keeps its session: the session must not keep the run
             session.steps.clear()
-            session.scratch = Scratch()
+            session.planner = Planner()
             _open.pop(model, None)

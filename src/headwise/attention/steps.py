@@ -8,7 +8,7 @@ device. A call that is not like the first goes the general way again.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -72,36 +72,53 @@ class Step:
         )
 
 
-def make_step(
-    call: AttentionCall,
-    edits: Sequence[tuple[Edit, list[int]]],
-    kwargs: dict[str, Any],
-    known: LabelTable,
-    scratch: Scratch,
-) -> Step | None:
-    """A step for calls like this one, which went the general way; None where there is no quicker one."""
-    forced, device = forced_path(), call.q.device
-    site = call.site
-    if call.queries != 1 or site is None or site.kind != "self" or kwargs.get("cache") is not None:
-        return None
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (call.q, call.k, call.v)):
-        return None
-    run: Run | None = None
-    if not edits and forced in (None, "library") and library_can(Effects(call)) and library_form(call) == "full":
-        run, path, reason = library_run(call), "library", "only the output is needed"
-    elif has_triton() and (forced == "fused" or (forced is None and device.type == "cuda")):
-        # Imported here: triton is not installed everywhere.
-        from headwise.attention.fused_step import fused_step
+@dataclass
+class Planner:
+    """The steps of one session. Sites that differ in nothing a step knows share one: what 32 layers use stays in the
+    processor's caches, what each has for itself does not."""
 
-        found = fused_step(call, edits, known, scratch)
-        run = None if found is None else found.run
-        path, reason = "fused", "one token at a time: tables made once, one pass over the keys"
-    if run is None:
-        return None
-    return Step(
-        run, path, reason, call.q.shape, (call.batch, call.k.shape[1], call.k.shape[3]), call.v.shape[3], call.q.dtype,
-        call.q.get_device(), (kwargs.get("scaling"), kwargs.get("softcap"), kwargs.get("s_aux")), forced,
-    )  # fmt: skip
+    scratch: Scratch = field(default_factory=Scratch)
+    made: dict[tuple, Step | None] = field(default_factory=dict)
+
+    def plan(
+        self, call: AttentionCall, edits: Sequence[tuple[Edit, list[int]]], kwargs: dict[str, Any], known: LabelTable
+    ) -> Step | None:
+        """A step for calls like this one, which went the general way; None where there is no quicker one."""
+        if call.queries != 1 or call.site is None or call.site.kind != "self" or kwargs.get("cache") is not None:
+            return None
+        if torch.is_grad_enabled() and any(x.requires_grad for x in (call.q, call.k, call.v)):
+            return None
+        forced, form, sinks = forced_path(), library_form(call), call.sinks
+        given, what = (kwargs.get("scaling"), kwargs.get("softcap"), sinks), [(id(e), *heads) for e, heads in edits]
+        q, kv = call.q, (call.batch, call.k.shape[1], call.k.shape[3])
+        # Edits, tables and sinks live as long as the session's runs, so their ids are theirs.
+        key = (
+            forced, form, call.bias is None, id(known), q.shape, kv, call.v.shape[3], q.dtype, q.get_device(),
+            call.scale, *given[:2], id(sinks), *what,
+        )  # fmt: skip
+        if key not in self.made:
+            run, path, reason = self._run(call, edits, known, forced, form)
+            self.made[key] = None
+            if run is not None:
+                self.made[key] = Step(
+                    run, path, reason, q.shape, kv, call.v.shape[3], q.dtype, q.get_device(), given, forced
+                )
+        return self.made[key]
+
+    def _run(
+        self, call: AttentionCall, edits: Sequence[tuple[Edit, list[int]]], known: LabelTable, forced: str | None,
+        form: str | None,
+    ) -> tuple[Run | None, str, str]:  # fmt: skip
+        if not edits and forced in (None, "library") and form == "full" and library_can(Effects(call)):
+            return library_run(call), "library", "only the output is needed"
+        if has_triton() and (forced == "fused" or (forced is None and call.q.is_cuda)):
+            # Imported here: triton is not installed everywhere.
+            from headwise.attention.fused_step import fused_step
+
+            step = fused_step(call, edits, known, self.scratch)
+            if step is not None:
+                return step.run, "fused", "one token at a time: tables made once, one pass over the keys"
+        return None, "", ""
 
 
 def library_run(call: AttentionCall) -> Run:
