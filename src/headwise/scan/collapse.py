@@ -31,7 +31,9 @@ def collapse_curves(opened: Opened, inputs: Mapping[str, Any], drop_first: int =
     def look(layer: int, x: Tensor) -> None:
         x = x[:, drop_first:].float()
         if x.shape[1] < 2:
-            raise HeadwiseError(f"collapse_curves: wanted at least 2 tokens after the first {drop_first}; got {x.shape[1]}.")
+            raise HeadwiseError(
+                f"collapse_curves: wanted at least 2 tokens after the first {drop_first}; got {x.shape[1]}."
+            )
         spread = (x - x.mean(1, keepdim=True)).norm(dim=(1, 2))
         step = (x[:, -1] - x[:, -2]).norm(dim=-1)
         found[layer] = tuple(float(v.mean()) for v in (spread, spread / x.norm(dim=(1, 2)), step))  # type: ignore[assignment]
