@@ -4,7 +4,7 @@ import torch
 
 from headwise import scan
 from headwise.models import open_model
-from headwise.study.mixing import VARIANTS, decoder, indicators, mixing_principles
+from headwise.study.mixing import VARIANTS, conclude, decoder, indicators, mixing_principles
 from headwise.study.train import Recipe, build, train, windows
 
 
@@ -54,3 +54,14 @@ def test_the_study_trains_every_variant() -> None:
     assert set(found.measured["loss"]) == set(VARIANTS)
     assert len(found.measured["runs"]) == 5
     assert found.verdict == "fails", "two steps teach nothing"
+
+
+def test_the_verdict_wants_the_order_and_the_hybrids() -> None:
+    losses = {"standard": 1.0, "fixed": 1.1, "none": 2.0, "fixed_hybrid": 1.02, "none_hybrid": 1.1}
+
+    def verdict(**changed: float) -> str:
+        rows = [{"variant": name, "seed": 0, "loss": loss} for name, loss in (losses | changed).items()]
+        return conclude(rows, steps=1).verdict
+
+    assert verdict() == "holds"
+    assert verdict(fixed=0.9) == verdict(none=1.15) == verdict(none_hybrid=1.9) == "fails"

@@ -56,8 +56,13 @@ def entropy_dip_and_rise(
                         "held_out_loss": loss_of(model, held, batches=10, seed=2),
                     }
                 )
+    return conclude(rows, steps)
+
+
+def conclude(rows: Sequence[dict[str, Any]], steps: int) -> Finding:
+    """The verdict on all runs, from how many of each kind came back."""
     share = {
-        kind: sum(row["bounced"] for row in rows if row["activation"] == kind) / (len(rates) * len(seeds))
+        kind: sum(row["bounced"] for row in rows if row["activation"] == kind) / (len(rows) / 2)
         for kind in ("relu", "linear")
     }
     falling = sum(int(row["lowest_step"][0] == steps) for row in rows)
@@ -71,7 +76,7 @@ def entropy_dip_and_rise(
             "the end, so that a rise may still come: the paper trains far longer."
         ),
         model=f"two-layer one-head GPT-2 of characters, {steps} steps",
-        seeds=list(seeds),
+        seeds=sorted({row["seed"] for row in rows}),
     )
 
 
