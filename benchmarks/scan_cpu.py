@@ -237,10 +237,14 @@ def main() -> None:
             else:
                 print(f"{length:>6}  {WAYS[way]:<40} {row['failed']}", flush=True)
             rows.append(row)
-    asked.out.parent.mkdir(parents=True, exist_ok=True)
-    about = {"model": "SmolLM2-135M-Instruct, float32", "repeats": REPEATS, "machine": machine(), "rows": rows}
-    asked.out.write_text(json.dumps(about, indent=2) + "\n")
+            write(asked.out, rows)  # after every row: a run that is stopped keeps what it has
     print(f"wrote {asked.out}")
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    about = {"model": "SmolLM2-135M-Instruct, float32", "repeats": REPEATS, "machine": machine(), "rows": rows}
+    path.write_text(json.dumps(about, indent=2) + "\n")
 
 
 if __name__ == "__main__":
