@@ -110,7 +110,7 @@ def unselectable_models(models: Sequence[Any] = ("zoo:encoder", "zoo:vit"), toke
         measured=rows,
         expected="No unselectable token after the norm in front of any layer's attention.",
         verdict="holds" if holds else "fails",
-        reason=f"{named}.",
+        reason=f"{named}. Where none is unselectable before the norm either, the many dimensions see to it.",
         model=", ".join(rows),
     )
 
