@@ -11,7 +11,7 @@ import xarray as xr
 
 from headwise import scan
 from headwise.errors import HeadwiseError
-from headwise.scan.colours import COOL, NOTHING, limits, painted, rgb
+from headwise.scan.colours import COOL, NOTHING, WARM, limits, painted, rgb
 from headwise.scan.notebook import png
 from tests.scan.models import llama
 
@@ -60,6 +60,7 @@ def test_the_thumbnail_holds_a_pixel_for_every_head(found: scan.Scan) -> None:
 def test_colours_run_from_the_first_stop_to_the_last() -> None:
     assert painted(np.array([0.0, 1.0])).tolist() == [rgb(COOL[0]), rgb(COOL[-1])]
     assert painted(np.array([np.nan])).tolist() == [rgb(NOTHING)]
+    assert painted(np.array([-1.0, 0.0, 2.0])).tolist()[1:] == [rgb(WARM[0]), rgb(COOL[-1])], "zero is the palest"
     assert [limits(np.array(v)) for v in ([0.2, 1.0], [0.9, 1.0], [-1.0, 3.0], [-2.0, -0.5], [5.0, 5.0], [])] == [
         (0, 1), (0.9, 1), (-3, 3), (-2, 0), (5, 6), (0, 1)
     ]  # fmt: skip

@@ -9,7 +9,8 @@ from jaxtyping import Float, UInt8
 
 COOL = ("#def5e5", "#a0dfb9", "#54c9ad", "#38aaac", "#348aa6", "#366a9f", "#40498e", "#3b2f5e", "#28192f")
 WARM = ("#ecece8", "#e9b98a", "#cf7a45", "#9c3f2c", "#5a1a20")
-SIGNED = (*reversed(WARM), *COOL[2:])
+SIGNED = (*reversed(WARM), *COOL[2::2])
+"""As many steps to each side of zero, which is the palest."""
 NOTHING = "#f1f1ed"
 """Where there is no head, or no score."""
 
