@@ -14,7 +14,7 @@ KERNELS = (
 
 def charts(run):
     """Name -> SVG for a stored run; nothing for runs of another kind."""
-    rows, device = run.get("rows", []), run.get("device", "")
+    rows, device = [row for row in run.get("rows", []) if "case" in row], run.get("device", "")
     found = {}
     kernels = grouped([r for r in rows if r.get("shape") == "llama-8b" and r["case"] in KERNELS], "against_cudnn")
     if kernels:
