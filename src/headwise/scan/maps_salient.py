@@ -42,9 +42,9 @@ def salient_mappings(
     if reason := lacks_token_map(opened, first_mlp):
         raise HeadwiseError(f"salient_mappings: {opened.name} lacks {reason}.")
     site = site_of(opened, layer, head)
-    gains, tokens, targets = salient(
-        site, head, vocabulary(opened, first_mlp, layer), unembedding(opened), n_tokens, n_targets
-    )
+    read = vocabulary(opened, first_mlp, layer)
+    z, out = values(site, read, head), output_of(site, head)
+    gains, tokens, targets = salient(z, read.norm(dim=-1), out, unembedding(opened), n_tokens, n_targets)
     names = opened.tokenizer.batch_decode(tokens[:, None])
     made = opened.tokenizer.batch_decode(targets.reshape(-1, 1))
     rows = [made[n * n_targets : (n + 1) * n_targets] for n in range(len(names))]
@@ -58,19 +58,22 @@ def vocabulary(opened: Opened, first_mlp: bool, layer: int) -> Float[Tensor, "vo
     return after_first_mlp(opened, ids) if first_mlp and layer else embedded(opened, ids)
 
 
+def output_of(site: Site, head: int) -> Float[Tensor, "channel model"]:
+    return site.W_O[head].detach().float()
+
+
 @torch.no_grad()
 def salient(
-    site: Site,
-    head: int,
-    read: Float[Tensor, "vocabulary model"],
+    z: Float[Tensor, "vocabulary channel"],
+    lengths: Float[Tensor, " vocabulary"],
+    out: Float[Tensor, "channel model"],
     unembed: Float[Tensor, "model vocabulary"],
     n_tokens: int,
     n_targets: int,
 ) -> tuple[Float[Tensor, " token"], Int[Tensor, " token"], Int[Tensor, "token target"]]:
-    """Gains, tokens and targets of one head."""
-    z, out = values(site, read, head), site.W_O[head].detach().float()
+    """Gains, tokens and targets of one head, from its values and the lengths of what they were made from."""
     written = (z @ (out @ out.T) * z).sum(-1).clamp(min=0).sqrt()  # |z W_O| without making z W_O for every token
-    gains, tokens = (written / read.norm(dim=-1).clamp(min=1e-30)).topk(n_tokens)
+    gains, tokens = (written / lengths.clamp(min=1e-30)).topk(n_tokens)
     return gains, tokens, (z[tokens] @ out @ unembed).topk(n_targets, dim=-1).indices
 
 
@@ -178,8 +181,12 @@ class SalientOperations(Question):
         shares: dict[int, list[list[float]]] = {}
         for site in text_sites(opened):
             read = vocabulary(opened, self.first_mlp, site.layer) if site.layer == 0 else deep
+            lengths = read.norm(dim=-1)
             for head in range(site.heads):
-                gains, tokens, targets = salient(site, head, read, unembed, self.n_tokens, self.n_targets)
+                z = values(site, read, head) if head % site.group == 0 else z  # heads of a group share their values
+                gains, tokens, targets = salient(
+                    z, lengths, output_of(site, head), unembed, self.n_tokens, self.n_targets
+                )
                 text = opened.tokenizer.batch_decode(torch.cat([tokens[:, None], targets], 1).reshape(-1, 1))
                 wide = 1 + self.n_targets
                 rows = [text[n * wide : (n + 1) * wide] for n in range(len(tokens))]
