@@ -13,6 +13,7 @@ from headwise.attention.mask import Mask
 from headwise.attention.once import numbers, on
 
 if TYPE_CHECKING:
+    from headwise.attention.form import Form
     from headwise.attention.rope import Rotary
     from headwise.models.anatomy import Site
 
@@ -49,6 +50,8 @@ class AttentionCall:
     """The rotation q and k went through, where an edit wants to turn them again."""
     head_ids: list[int] | None = None
     """The numbers of the heads in q, where q holds some of the layer's only."""
+    form: Form | None = None
+    """How scores and weights are made, where not as above."""
     host_i: Int[Tensor, " query"] | None = None
     """`i` on the CPU, where reading a position waits for no device."""
 
@@ -76,6 +79,11 @@ class AttentionCall:
     def last(self) -> int:
         """The last query's position."""
         return int(self.places[-1])
+
+    @property
+    def local(self) -> bool:
+        """Whether a row's weights need that row and head alone."""
+        return self.form is None or self.form.local
 
     @property
     def batch(self) -> int:

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from headwise.attention.call import AttentionCall
+from headwise.attention.call import AttentionCall, pick
 from headwise.attention.effects import Effects, KeySet, key_set
 from headwise.attention.readings import (
     At,
@@ -49,6 +49,15 @@ class Matrix:
     visible: Tensor
     """What the mask alone lets a query see; `seen` leaves out what edits knocked out as well."""
 
+    def select(self, rows: Tensor | None, heads: list[int] | None) -> Matrix:
+        """Some of the rows and heads, of what was made for all of them."""
+        parts = {name: getattr(self, name) for name in ("s", "a", "lse", "seen", "visible")}
+        for dim, index in ((2, rows), (1, heads)):
+            if index is not None:
+                index = torch.as_tensor(index, device=self.a.device)
+                parts = {name: pick(x, dim, index) for name, x in parts.items()}
+        return Matrix(self.call.select(rows, heads), **parts)
+
 
 def dense(
     effects: Effects, readings: Sequence[Reading], dtype: torch.dtype | None = None
@@ -56,18 +65,27 @@ def dense(
     """The heads' outputs before Blend and HeadGain, and the values of the readings."""
     call = effects.call
     dtype = dtype or (call.q.dtype if call.q.dtype == torch.float64 else torch.float32)
-    matrix = weigh(effects, scores(effects, dtype))
+    matrix = weighed(effects, dtype)
     v = call.v.to(dtype).repeat_interleave(call.group, 1)
     with torch.no_grad():
         values = {reading: read(reading, matrix) for reading in readings}
     return matrix.a @ v, values
 
 
+def weighed(effects: Effects, dtype: torch.dtype | None = None) -> Matrix:
+    """Scores and weights of a call, all edits of them done."""
+    q = effects.call.q.dtype
+    return weigh(effects, scores(effects, dtype or (q if q == torch.float64 else torch.float32)))
+
+
 def scores(effects: Effects, dtype: torch.dtype) -> Matrix:
     """Scores with all edits of them, the mask, and their softmax over keys and the sink column."""
     call = effects.call
     k = call.k.to(dtype).repeat_interleave(call.group, 1)
-    s = torch.einsum("bhid,bhjd->bhij", call.q.to(dtype), k) * call.scale
+    if call.form is None:
+        s = torch.einsum("bhid,bhjd->bhij", call.q.to(dtype), k) * call.scale
+    else:
+        s = call.form.scores(call.q.to(dtype), k, call)
     if call.softcap is not None:
         s = call.softcap * torch.tanh(s / call.softcap)
     if call.bias is not None:
@@ -93,7 +111,10 @@ def scores(effects: Effects, dtype: torch.dtype) -> Matrix:
         else torch.cat([s, call.sinks.to(dtype)[None, :, None, None].expand(*s.shape[:3], 1)], -1)
     )
     lse = torch.logsumexp(column, -1)
-    a = torch.where(seen, torch.exp(s - lse.nan_to_num(neginf=0.0)[..., None]), 0.0)
+    if call.form is None or call.form.softmax:
+        a = torch.where(seen, torch.exp(s - lse.nan_to_num(neginf=0.0)[..., None]), 0.0)
+    else:
+        a, lse = call.form.weights(s, seen), torch.full_like(lse, float("nan"))
     return Matrix(call, s, a, lse, seen, visible)
 
 
@@ -167,6 +188,9 @@ def _(reading: Distance, matrix: Matrix) -> Values:
 
 @read.register
 def _(reading: LogSumExp, matrix: Matrix) -> Values:
+    form = matrix.call.form
+    if form is not None and not form.softmax:
+        raise HeadwiseError(f"LogSumExp: {type(form).__name__} makes no softmax, so there is no log-sum-exp to read.")
     return {"lse": matrix.lse}
 
 

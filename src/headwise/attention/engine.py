@@ -4,6 +4,7 @@
 - dense:   the whole matrix, for small calls and where gradients must flow through an edited call
 - stream:  blocks of queries and keys, for the rest
 - fused:   one Triton kernel, on CUDA (fused_path.py)
+- rows:    the dense way in blocks of rows, for calls with a form of their own (form.py); kernel: the form's own
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from headwise.attention.by_rows import by_rows
 from headwise.attention.call import AttentionCall
-from headwise.attention.dense import Values, dense
+from headwise.attention.dense import Matrix, Values, dense, weighed
+from headwise.attention.dense import read as read_off
 from headwise.attention.edits import Edit
 from headwise.attention.effects import Effects, finish, resolve
 from headwise.attention.mask import Mask
@@ -91,7 +94,7 @@ def run_call(call: AttentionCall, edits: Sequence[tuple[Edit, list[int]]], parts
     whole = [p for p in weights if p.where == (None, None)]
     path, reason = choose(effects, bool(whole))
     values: dict[int, Values] = {}
-    with torch.set_grad_enabled(torch.is_grad_enabled() and path in ("library", "dense")):
+    with torch.set_grad_enabled(torch.is_grad_enabled() and path in ("library", "dense", "kernel")):
         out, read = PATHS[path](effects, [p.reading.key() for p in whole] if path != "library" else [], True)
     assert out is not None
     if whole and path == "library":
@@ -113,22 +116,32 @@ def unique(parts: Sequence[Part]) -> list[Reading]:
 def partial(effects: Effects, parts: Sequence[Part]) -> dict[int, Values]:
     """Readings of some rows or heads: each selection is a call of its own, without the output."""
     found: dict[int, Values] = {}
+    whole: Matrix | None = None
     for where in dict.fromkeys(p.where for p in parts):
         mine = [p for p in parts if p.where == where]
         rows, heads = mine[0].rows, None if mine[0].heads is None else list(mine[0].heads)
         if rows is not None and not len(rows):
             continue
+        if not effects.call.local:
+            # Weights that need other rows or heads are made for all of them, once.
+            whole = whole or weighed(effects)
+            small = whole.select(rows, heads)
+            values = {reading: read_off(reading, small) for reading in unique(mine)}
+            found.update({id(p): values[p.reading.key()] for p in mine})
+            continue
         smaller = effects.select(effects.call.select(rows, heads), rows, heads)
         name, _ = choose(smaller, True)
         path = PATHS["stream" if name == "library" else name]
-        _, read = path(smaller, unique(mine), False)
-        found.update({id(p): read[p.reading.key()] for p in mine})
+        _, values = path(smaller, unique(mine), False)
+        found.update({id(p): values[p.reading.key()] for p in mine})
     return {id(p): found.get(id(p), {}) for p in parts}
 
 
 def choose(effects: Effects, reads_all: bool) -> tuple[str, str]:
     """The path for a call, and the reason in words."""
     call = effects.call
+    if call.form is not None:
+        return choose_formed(effects, reads_all)
     forced = forced_path()
     if forced is not None:
         return forced, "asked for by force_path"
@@ -147,6 +160,29 @@ def choose(effects: Effects, reads_all: bool) -> tuple[str, str]:
     if call.queries * call.keys <= DENSE_PLACES:
         return "dense", f"{call.queries} x {call.keys} is small"
     return "stream", "blocks of queries and keys, no n x n matrix"
+
+
+def choose_formed(effects: Effects, reads_all: bool) -> tuple[str, str]:
+    """The path for a call whose weights are made in a form of its own."""
+    call, form = effects.call, effects.call.form
+    assert form is not None
+    name = type(form).__name__
+    if not reads_all and not effects.changes_scores and form.has_kernel(call):
+        return "kernel", f"{name} has a kernel for this call"
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (call.q, call.k, call.v)):
+        return "dense", f"gradients must flow through {name}"
+    if not form.local:
+        return "dense", f"{name} mixes rows or heads: the whole matrix"
+    if call.queries * call.keys <= DENSE_PLACES:
+        return "dense", f"{call.queries} x {call.keys} is small"
+    return "rows", f"blocks of rows: {name} makes its own weights"
+
+
+def kernel(effects: Effects, readings: Sequence[Reading], output: bool) -> tuple[Tensor, dict[Reading, Values]]:
+    """The output by the form's own kernel."""
+    form = effects.call.form
+    assert form is not None
+    return form.kernel(effects.call), {}
 
 
 def fused_can(effects: Effects) -> tuple[bool, str]:
@@ -171,7 +207,7 @@ def fused(effects: Effects, readings: Sequence[Reading], output: bool) -> tuple[
 def library_can(effects: Effects) -> bool:
     """Whether PyTorch's attention gives this call's output exactly, without a large mask."""
     call = effects.call
-    if effects.maps or effects.weighs or call.softcap is not None or call.sinks is not None:
+    if effects.maps or effects.weighs or any(x is not None for x in (call.softcap, call.sinks, call.form)):
         return False
     if not effects.biases and call.bias is None and library_form(call) is not None:
         return True
@@ -244,7 +280,7 @@ def uniform(call: AttentionCall) -> Tensor:
     if call.mask.added is not None:
         seen = call.mask.added > -1e29
         mask.allowed = seen if mask.allowed is None else mask.allowed & seen
-    flat = replace(call, q=torch.zeros_like(call.q), softcap=None, sinks=None, bias=None, mask=mask)
+    flat = replace(call, q=torch.zeros_like(call.q), softcap=None, sinks=None, bias=None, mask=mask, form=None)
     path, _ = choose(Effects(flat), False)
     out, _ = PATHS[path](Effects(flat), [], True)
     assert out is not None
@@ -290,4 +326,6 @@ PATHS: dict[str, Path] = {
     "dense": lambda effects, readings, output: dense(effects, readings),
     "stream": stream,
     "fused": fused,
+    "rows": by_rows,
+    "kernel": kernel,
 }

@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from headwise.attention.call import AttentionCall
 from headwise.attention.engine import Part
+from headwise.attention.form import attended
 from headwise.attention.mask import Mask
 from headwise.attention.readings import Map
 from headwise.errors import HeadwiseError
@@ -54,6 +55,8 @@ class FunctionMode(TorchFunctionMode):
             return func(*args, **kwargs)
         if func is F.scaled_dot_product_attention:
             return self.sdpa(SDPA.bind(*args, **kwargs))
+        if func is attended:
+            return self.session.call(args[0], self.session.owner(), "function-mode")
         if func is F.multi_head_attention_forward:
             return self.mha(func, MHA.bind(*args, **kwargs))
         return func(*args, **kwargs)

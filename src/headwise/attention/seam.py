@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 NAME = "headwise"
 """The registered name: none of transformers' own substrings (sdpa, flash, flex_attention) may be in it."""
 
-ENTERED = ("scaled_dot_product_attention", "multi_head_attention_forward", "dispatch_attention_fn")
+ENTERED = ("scaled_dot_product_attention", "multi_head_attention_forward", "dispatch_attention_fn", "attended(")
 """What a function mode sees, or leads to it."""
 _sessions: dict[nn.Module, Session] = {}
 """Every module of an attached model -> its session, while it is attached."""

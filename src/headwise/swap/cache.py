@@ -1,0 +1,62 @@
+"""What mechanisms keep of the tokens they have seen, so that the next token costs one row."""
+
+from __future__ import annotations
+
+from weakref import WeakKeyDictionary
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from headwise.errors import HeadwiseError
+
+
+class Entries:
+    """Of one module: tensors by name, batch first. Those of `extend` grow along their token axis (the last but one);
+    those of `put` are states that are replaced."""
+
+    def __init__(self) -> None:
+        self.grown: dict[str, Tensor] = {}
+        self.states: dict[str, Tensor] = {}
+        self.length = 0
+
+    def extend(self, **new: Tensor) -> tuple[Tensor, ...]:
+        """The new tokens' tensors appended to the old ones, all of them returned in the order given."""
+        for name, tensor in new.items():
+            old = self.grown.get(name)
+            self.grown[name] = tensor if old is None else torch.cat([old, tensor], -2)
+        return tuple(self.grown[name] for name in new)
+
+    def put(self, **state: Tensor) -> None:
+        self.states.update(state)
+
+    def map(self, change) -> None:  # type: ignore[no-untyped-def]
+        """Replaces every tensor by `change(tensor)`: beams, batches, devices."""
+        for kept in (self.grown, self.states):
+            kept.update({name: change(tensor) for name, tensor in kept.items()})
+
+
+class Cache:
+    """One for a model: `y = mechanism(x_new, cache=cache)` continues where the last call stopped."""
+
+    def __init__(self) -> None:
+        self._entries: WeakKeyDictionary[nn.Module, Entries] = WeakKeyDictionary()
+
+    def of(self, module: nn.Module) -> Entries:
+        """What one module keeps."""
+        if module not in self._entries:
+            self._entries[module] = Entries()
+        return self._entries[module]
+
+    def reorder(self, rows: Int[Tensor, " row"]) -> None:
+        """Keeps these rows of the batch, in this order (beam search)."""
+        for entries in self._entries.values():
+            entries.map(lambda tensor: tensor.index_select(0, rows.to(tensor.device)))
+
+    def crop(self, length: int) -> None:
+        """Forgets all tokens from `length` on. Modules that keep a running state can't."""
+        for module, entries in self._entries.items():
+            if entries.states and length < entries.length:
+                raise HeadwiseError(f"crop: {type(module).__name__} keeps a running state, which can't be turned back.")
+            entries.grown = {name: tensor[..., :length, :] for name, tensor in entries.grown.items()}
+            entries.length = min(entries.length, length)
