@@ -18,6 +18,9 @@ from headwise.models.segments import is_relative
 
 OTHERS = "*"
 """In `Reweight`: the keys of no other group."""
+KeyRule = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""`(b, h, i, j)` -> which keys j a query i of sample b is meant to see: all four broadcast, as FlexAttention's mask
+functions have them. Positions are absolute, and h is 0: heads are chosen by `heads=`."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -75,22 +78,33 @@ class Edit:
 
 @dataclass(frozen=True, eq=False)
 class ScoreBias(Edit):
-    """`s_ij += value` for keys in a segment (a name), or `value` times a vector over keys, for the queries of a
-    segment (None: all). `log g` multiplies a segment's weights by g before renormalising; `-inf` is a knockout."""
+    """`s_ij += value` for some keys, or `value` times a vector over keys, for the queries of a segment (None: all).
+    `log g` multiplies the keys' weights by g before renormalising; `-inf` is a knockout.
+
+    Keys are those of a segment (a name, also a relative one), bools over positions, or a rule of query and key
+    (`KeyRule`), which is asked for one block at a time. Keys past the end of a tensor (generated later) are not meant.
+    """
 
     value: float = 0.0
-    keys: str | Float[Tensor, " key"] | None = None
+    keys: str | Float[Tensor, " key"] | Bool[Tensor, "*batch key"] | KeyRule | None = None
     queries: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not isinstance(self.value, (int, float)) or self.value != self.value or self.value == float("inf"):
             raise HeadwiseError(f"ScoreBias(value=...) must be a number or -inf; got {self.value!r}.")
-        if isinstance(self.keys, Tensor) and self.keys.ndim != 1:
-            raise HeadwiseError(f"ScoreBias(keys=...) must be one number a key; got shape {tuple(self.keys.shape)}.")
-        if isinstance(self.keys, Tensor) and self.value == -float("inf"):
+        if isinstance(self.keys, Tensor):
+            some = self.keys.dtype == torch.bool
+            if not 1 <= self.keys.ndim <= 1 + some:
+                raise HeadwiseError(
+                    "ScoreBias(keys=...) must be one number a key, or bools [key] or [batch, key]; got shape "
+                    f"{tuple(self.keys.shape)}."
+                )
+            if not some and self.value == -float("inf"):
+                raise HeadwiseError("ScoreBias(value=-inf) wants bools: put -inf into the vector over keys itself.")
+        elif self.keys is not None and not isinstance(self.keys, str) and not callable(self.keys):
             raise HeadwiseError(
-                "ScoreBias(value=-inf) wants a segment name: put -inf into the vector over keys itself."
+                f"ScoreBias(keys=...) must be a segment name, a tensor over keys or a rule; got {self.keys!r}."
             )
 
 
@@ -213,14 +227,21 @@ class Shift(Edit):
 @dataclass(frozen=True, eq=False)
 class Rebase(Edit):
     """Queries and keys rotated anew with another RoPE base (`theta`), or another position for each token
-    (`positions`, one number a token). The model must use rotary embeddings."""
+    (`positions`, one number a token). The model must use rotary embeddings; a scaling it has is done with the new base.
 
-    theta: float | None = None
+    A vector of N bases gives each row of the batch its own: row r takes base r modulo N, and a batch holds one or more
+    groups of N rows. Keys stay in a cache as the model made them, and are turned from there at every call."""
+
+    theta: float | Float[Tensor, " base"] | None = None
     positions: Tensor | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.theta is None and self.positions is None:
             raise HeadwiseError("Rebase wants theta= (another RoPE base) or positions= (one a token).")
-        if self.theta is not None and not self.theta > 1:
-            raise HeadwiseError(f"Rebase(theta=...) must be larger than 1; got {self.theta!r}.")
+        if self.theta is not None:
+            bases = torch.as_tensor(self.theta)
+            if bases.ndim > 1 or not bases.numel() or not bool((bases > 1).all()):
+                raise HeadwiseError(
+                    f"Rebase(theta=...) must be one base or a vector of them, above 1; got {self.theta!r}."
+                )

@@ -11,12 +11,23 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from headwise.attention.call import AttentionCall, expand_kv
-from headwise.attention.edits import OTHERS, Blend, Edit, HeadGain, Rebase, Reweight, ScoreBias, ScoreMap, Shift
+from headwise.attention.edits import (
+    OTHERS,
+    Blend,
+    Edit,
+    HeadGain,
+    KeyRule,
+    Rebase,
+    Reweight,
+    ScoreBias,
+    ScoreMap,
+    Shift,
+)
 from headwise.attention.once import numbers, on
 from headwise.attention.readings import RELATIVE_LAGS
 from headwise.attention.rope import rebase
 from headwise.errors import HeadwiseError
-from headwise.models.segments import window_size
+from headwise.models.segments import SAME, window_size
 
 
 @dataclass(frozen=True)
@@ -29,6 +40,10 @@ class KeySet:
     """Which of the call's segments this is, where it is one: the fused kernels work with labels, not masks."""
     labels: Int[Tensor, "#batch key"] | None = None
     """The segment of every key."""
+    same: bool = False
+    """The keys of the query's own segment."""
+    rule: KeyRule | None = None
+    batch: int = 1
 
     @cached_property
     def mask(self) -> Bool[Tensor, "#batch key"] | None:
@@ -36,6 +51,13 @@ class KeySet:
         return self.given if self.labels is None or self.label is None else self.labels.eq(self.label)
 
     def block(self, i: Int[Tensor, " row"], j0: int, start: int, stop: int) -> Bool[Tensor, "#batch one #row column"]:
+        if self.rule is not None:
+            b, j = torch.arange(self.batch, device=i.device), torch.arange(start, stop, device=i.device) + j0
+            chosen = self._asked(b[:, None, None, None], i[:, None], j)
+            return chosen.expand(chosen.shape[0], 1, len(i), stop - start)
+        if self.same:
+            assert self.labels is not None
+            return (self.labels[:, i - j0, None] == self.labels[:, None, start:stop])[:, None]
         if self.gap is None:
             assert self.mask is not None
             return self.mask[:, None, None, start:stop]
@@ -43,11 +65,26 @@ class KeySet:
         return ((gap >= self.gap[0]) & (gap <= self.gap[1]))[None, None]
 
     def at(self, i: Int[Tensor, " row"], j0: int, j: Int[Tensor, "batch row place"]) -> Bool[Tensor, "batch row place"]:
+        if self.rule is not None:
+            b = torch.arange(len(j), device=i.device)
+            return self._asked(b[:, None, None, None], i[None, :, None], (j + j0)[:, None])[:, 0].expand(j.shape)
+        if self.same:
+            assert self.labels is not None
+            labels = self.labels.expand(j.shape[0], -1)
+            return labels[:, i - j0, None] == labels.gather(1, j.flatten(1)).view(j.shape)
         if self.gap is None:
             assert self.mask is not None
             return self.mask.expand(j.shape[0], -1).gather(1, j.flatten(1)).view(j.shape)
         gap = i[None, :, None] - (j + j0)
         return (gap >= self.gap[0]) & (gap <= self.gap[1])
+
+    def _asked(self, b: Tensor, i: Tensor, j: Tensor) -> Bool[Tensor, "#batch one #row #place"]:
+        assert self.rule is not None
+        zero = torch.zeros((), dtype=torch.long, device=i.device)
+        chosen = torch.as_tensor(self.rule(b, zero, i, j), device=i.device)
+        if chosen.dtype != torch.bool:
+            raise HeadwiseError(f"ScoreBias(keys=...): the rule must answer with bools; got {chosen.dtype}.")
+        return chosen.reshape((1,) * (4 - chosen.ndim) + chosen.shape)
 
 
 def key_set(call: AttentionCall, name: str) -> KeySet:
@@ -62,6 +99,10 @@ def key_set(call: AttentionCall, name: str) -> KeySet:
     width = window_size(name)
     if width is not None:
         return KeySet(gap=(-width, width))
+    if name == SAME and call.labels is not None:
+        if call.first < call.j0 or call.last >= call.j0 + call.keys:
+            raise HeadwiseError(f'"{SAME}" needs self-attention; {call.site and call.site.name} attends elsewhere.')
+        return KeySet(labels=call.labels.keys, same=True)
     known = ", ".join(call.labels.names) if call.labels is not None else "none"
     raise HeadwiseError(f"There is no segment {name!r} in this run: its segments are {known}.")
 
@@ -77,15 +118,21 @@ def key_groups(call: AttentionCall, edit: Reweight) -> list[KeySet]:
     return [named.get(n, KeySet(given=rest)) for n in range(len(edit.groups))]
 
 
-def given(call: AttentionCall, group: str | Tensor) -> KeySet:
+def given(call: AttentionCall, group: str | Tensor, argument: str = "Reweight(groups=...)") -> KeySet:
     """A group by name, or by bools over positions: keys past their end (generated later) are not in it."""
     if isinstance(group, str):
         return key_set(call, group)
-    length = call.j0 + call.keys
-    if len(group) > length:
-        raise HeadwiseError(f"Reweight(groups=...) has {len(group)} entries, but the text has {length} tokens.")
-    full = torch.cat([on(group, call.q.device), torch.zeros(length - len(group), dtype=torch.bool).to(call.q.device)])
-    return KeySet(given=full[None, call.j0 :])
+    chosen = on(group, call.q.device)
+    chosen = chosen[None] if chosen.ndim == 1 else chosen
+    length, rows = call.j0 + call.keys, len(chosen)
+    if chosen.shape[1] > length:
+        raise HeadwiseError(f"{argument} has {chosen.shape[1]} entries, but the text has {length} tokens.")
+    if call.batch % rows:
+        raise HeadwiseError(f"{argument} is for {rows} samples, but the batch has {call.batch}.")
+    if rows > 1:
+        chosen = chosen.repeat_interleave(call.batch // rows, 0)
+    full = torch.nn.functional.pad(chosen, (0, length - chosen.shape[1]))
+    return KeySet(given=full[:, call.j0 :])
 
 
 def query_mask(call: AttentionCall, name: str | None) -> Bool[Tensor, "#batch query"] | None:
@@ -187,7 +234,9 @@ def resolve(call: AttentionCall, edits: Sequence[tuple[Edit, list[int]]]) -> Eff
 
 def _bias(call: AttentionCall, edit: ScoreBias, index: Tensor) -> Bias:
     vector, keys = None, None
-    if isinstance(edit.keys, Tensor):
+    if isinstance(edit.keys, Tensor) and edit.keys.dtype == torch.bool:
+        keys = given(call, edit.keys, "ScoreBias(keys=...)")
+    elif isinstance(edit.keys, Tensor):
         vector = on(edit.keys, call.q.device)
         if call.j0 or len(vector) != call.keys:
             # The vector speaks of positions: keys past its end (generated later) get no bias.
@@ -195,8 +244,10 @@ def _bias(call: AttentionCall, edit: ScoreBias, index: Tensor) -> Bias:
             if len(vector) > length:
                 raise HeadwiseError(f"ScoreBias(keys=...) has {len(vector)} entries, but the text has {length} tokens.")
             vector = torch.cat([vector, vector.new_zeros(length - len(vector))])[call.j0 :]
-    elif edit.keys is not None:
+    elif isinstance(edit.keys, str):
         keys = key_set(call, edit.keys)
+    elif edit.keys is not None:
+        keys = KeySet(rule=edit.keys, batch=call.batch)
     names = call.labels.names if call.labels is not None else ()
     label = names.index(edit.queries) if edit.queries in names else None
     return Bias(index, float(edit.value), keys, vector, query_mask(call, edit.queries), label)

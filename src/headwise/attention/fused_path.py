@@ -36,7 +36,7 @@ from headwise.attention.readings import (
     concrete,
 )
 from headwise.attention.stream import stream
-from headwise.models.segments import window_size
+from headwise.models.segments import SAME, window_size
 
 PLACE_ROWS = 2**14
 """Queries whose single places are read at once."""
@@ -103,7 +103,8 @@ def kept(reading: Reading, effects: Effects, names: Sequence[str]) -> bool:
     if isinstance(reading, Mass):
         segments = concrete(reading.segments, names)
         relative = [n for n in segments if n not in names]
-        return (len(names) <= SEGMENTS or len(relative) == len(segments)) and not (relative and effects.weighs)
+        known = len(names) <= SEGMENTS or len(relative) == len(segments)
+        return known and SAME not in relative and not (relative and effects.weighs)
     if isinstance(reading, SegmentEntropy):
         return len(names) <= SEGMENTS and all(n in names for n in concrete(reading.segments, names))
     if isinstance(reading, (At, Received)):

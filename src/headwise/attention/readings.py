@@ -115,8 +115,8 @@ def _names(value: Any, argument: str) -> tuple[str, ...] | None:
 class Mass(Reading):
     """`mass[g] = sum over keys j in segment g of a_ij`, up to 32 segments at once (None: all labels of the run).
 
-    Relative segments work beside labels: "self", "previous", "next", "first" (the key at position 0) and "window:W"
-    (keys with |i-j| <= W).
+    Relative segments work beside labels: "self", "previous", "next", "first" (the key at position 0), "same" (keys of
+    the query's own segment) and "window:W" (keys with |i-j| <= W).
     """
 
     segments: Sequence[str] | str | None = None
@@ -315,7 +315,7 @@ def concrete(names: Sequence[str] | None, labels: Sequence[str]) -> tuple[str, .
         if name not in labels and not is_relative(name):
             raise HeadwiseError(
                 f"There is no segment {name!r} in this run: its segments are {', '.join(labels) or 'none'}, and "
-                'relative ones are "self", "previous", "next", "first", "window:W".'
+                'relative ones are "self", "previous", "next", "first", "same", "window:W".'
             )
     return chosen
 

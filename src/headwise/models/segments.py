@@ -18,8 +18,10 @@ from torch import Tensor
 
 from headwise.errors import HeadwiseError
 
-RELATIVE = ("self", "previous", "next", "first", "window:W")
-"""Kinds that depend on the distance between query and key; "first" is key 0, "window:8" is |i - j| <= 8."""
+SAME = "same"
+RELATIVE = ("self", "previous", "next", "first", SAME, "window:W")
+"""Kinds that depend on the query as well: "first" is key 0, "same" the keys of the query's own segment, "window:8" is
+|i - j| <= 8."""
 
 Span = tuple[int, int]
 Spans = Mapping[str, "Span | Sequence[Span]"]
@@ -33,7 +35,7 @@ def window_size(name: str) -> int | None:
 
 def is_relative(name: str) -> bool:
     """Whether `name` is a relative kind, such as "self" or "window:8"."""
-    return name in RELATIVE[:4] or window_size(name) is not None
+    return name in RELATIVE[:5] or window_size(name) is not None
 
 
 @dataclass(frozen=True, eq=False)
