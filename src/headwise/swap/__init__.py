@@ -7,6 +7,7 @@
 from headwise.swap.attention import Attention
 from headwise.swap.cache import Cache
 from headwise.swap.catalogue import MECHANISMS, make
+from headwise.swap.convert import Conversion, convert, load
 from headwise.swap.mechanism import Mechanism, aux_loss
 from headwise.swap.parts import Activation, Additive, Alibi, Cosine, Entmax, Normaliser, Position, Rope, Score, Softmax
 
@@ -17,6 +18,7 @@ __all__ = [
     "Alibi",
     "Attention",
     "Cache",
+    "Conversion",
     "Cosine",
     "Entmax",
     "Mechanism",
@@ -26,5 +28,7 @@ __all__ = [
     "Score",
     "Softmax",
     "aux_loss",
+    "convert",
+    "load",
     "make",
 ]

@@ -21,7 +21,7 @@ from headwise.paper import Paper
 from headwise.swap.cache import Cache
 from headwise.swap.mechanism import Mechanism, Visible
 from headwise.swap.parts.normalisers import Normaliser, Softmax
-from headwise.swap.parts.positions import Places, Position, Rope
+from headwise.swap.parts.positions import Places, Position
 from headwise.swap.parts.scores import Score
 
 Heads = Float[Tensor, "batch heads token dim"]
@@ -71,7 +71,7 @@ class Attention(Mechanism):
         self.q_proj = nn.Linear(dim, self.heads * self.head_dim, bias)
         self.k_proj = nn.Linear(dim, self.kv_heads * self.head_dim, bias)
         self.v_proj = nn.Linear(dim, self.kv_heads * self.value_dim, bias)
-        self.o_proj = nn.Linear(self.heads * self.value_dim, dim, bias)
+        self.o_proj: nn.Module = nn.Linear(self.heads * self.value_dim, dim, bias)
         self.score, self.normaliser = score or Score(), normaliser or Softmax()
         self.position = position or Position()
         self.q_norm: nn.Module = nn.RMSNorm(self.head_dim, eps=1e-6) if qk_norm else nn.Identity()
@@ -135,20 +135,28 @@ class Attention(Mechanism):
         return projections + scores + 2 * queries * keys * self.heads * self.value_dim
 
     @classmethod
+    def host_parts(cls, position: Position) -> dict[str, Any]:
+        return {"position": position}
+
+    @classmethod
     def from_site(cls, site: Site, causal: bool, **own: Any) -> Self:
-        """This mechanism with the weights of a trained layer: its projections, its norms of queries and keys, its
-        scale, and the host's rotation where it gives one. What the mechanism has beyond that is as `own` says."""
-        W_Q, W_K, W_V, W_O = site.W_Q, site.W_K, site.W_V, site.W_O
+        """This mechanism with the weights of a trained layer: its projections, its norms of queries and keys, and its
+        scale. What the mechanism has beyond that is as `own` says."""
+        W_Q, W_K, W_V = site.W_Q, site.W_K, site.W_V
         made = cls(
             W_Q.shape[1], site.heads, site.kv_heads, site.head_dim,
-            **{"value_dim": site.value_dim, "causal": causal, "position": Rope(), "bias": True, **own},
+            **{"value_dim": site.value_dim, "causal": causal, **own},
         )  # fmt: skip
         with torch.no_grad():
             for linear, weight, bias in (
                 (made.q_proj, W_Q, site.b_Q), (made.k_proj, W_K, site.b_K), (made.v_proj, W_V, site.b_V),
             ):  # fmt: skip
                 fill(linear, weight.transpose(1, 2).flatten(0, 1), None if bias is None else bias.flatten())
-            fill(made.o_proj, W_O.flatten(0, 1).T, site.b_O)
+            if site.out in list(site.module.modules()):
+                assert isinstance(made.o_proj, nn.Linear)
+                fill(made.o_proj, site.W_O.flatten(0, 1).T, site.b_O)
+            else:
+                made.o_proj = nn.Identity()  # the host has it outside the layer
         made.to(W_Q.dtype).to(W_Q.device)
         made.scale = float(getattr(site.module, "scaling", made.scale))
         for name in ("q_norm", "k_norm"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from weakref import WeakKeyDictionary
 
 import torch
@@ -30,8 +31,8 @@ class Entries:
     def put(self, **state: Tensor) -> None:
         self.states.update(state)
 
-    def map(self, change) -> None:  # type: ignore[no-untyped-def]
-        """Replaces every tensor by `change(tensor)`: beams, batches, devices."""
+    def map(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Replaces every tensor by `change(tensor)`."""
         for kept in (self.grown, self.states):
             kept.update({name: change(tensor) for name, tensor in kept.items()})
 
@@ -48,10 +49,14 @@ class Cache:
             self._entries[module] = Entries()
         return self._entries[module]
 
+    def map(self, change: Callable[[Tensor], Tensor]) -> None:
+        """`change` on everything that is kept: beams, batches, devices."""
+        for entries in self._entries.values():
+            entries.map(change)
+
     def reorder(self, rows: Int[Tensor, " row"]) -> None:
         """Keeps these rows of the batch, in this order (beam search)."""
-        for entries in self._entries.values():
-            entries.map(lambda tensor: tensor.index_select(0, rows.to(tensor.device)))
+        self.map(lambda tensor: tensor.index_select(0, rows.to(tensor.device)))
 
     def crop(self, length: int) -> None:
         """Forgets all tokens from `length` on. Modules that keep a running state can't."""

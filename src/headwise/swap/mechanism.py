@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+import re
+from typing import Any, ClassVar, Self
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -10,9 +11,10 @@ from torch import Tensor, nn
 
 from headwise.attention.mask import Mask
 from headwise.errors import HeadwiseError
+from headwise.models.anatomy import Site
 from headwise.paper import Paper
 from headwise.swap.cache import Cache, Entries
-from headwise.swap.parts.positions import Places
+from headwise.swap.parts.positions import Places, Position
 
 Visible = Bool[Tensor, "batch key"] | Bool[Tensor, "#batch #heads query key"] | Mask | None
 """Which keys a query may see, True = visible: padding by keys, any set of pairs, or a mask of the core; None = all.
@@ -55,6 +57,22 @@ class Mechanism(nn.Module):
         self.dim, self.heads, self.kv_heads, self.causal = dim, heads, kv_heads, causal
         self.head_dim = head_dim or dim // heads
         self.aux_loss: Tensor | None = None
+
+    @classmethod
+    def key(cls) -> str:
+        """The name in lists and on the command line: the class's, in small letters with underscores."""
+        return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", cls.__name__).lower()
+
+    @classmethod
+    def host_parts(cls, position: Position) -> dict[str, Any]:
+        """What a mechanism takes over from a host model beside weights: by default nothing."""
+        return {}
+
+    @classmethod
+    def from_site(cls, site: Site, causal: bool, **own: Any) -> Self:
+        """This mechanism in the place of a layer. By default of its sizes and with fresh weights."""
+        made = cls(site.W_Q.shape[1], site.heads, site.kv_heads, site.head_dim, causal=causal, **own)
+        return made.to(site.W_Q.dtype).to(site.W_Q.device)
 
     def forward(
         self,
