@@ -147,9 +147,10 @@ class Run:
                 if chosen is not None:
                     edits.append((edit, chosen))
         if any(isinstance(edit, Rebase) for edit, _ in edits):
-            if site.name not in self._rotary:
-                self._rotary[site.name] = find_rotary(self.session.model, site.module)
-            call.rotary = self._rotary[site.name]
+            kind = type(site.module).__module__
+            if kind not in self._rotary:
+                self._rotary[kind] = find_rotary(self.session.model, site.module)
+            call.rotary = self._rotary[kind]
         return Asked(site, number, frame, readings, parts, edits, labels)
 
     @property
