@@ -1,5 +1,7 @@
 """Focus directions and soft injection: what they learn, on small random models."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -30,7 +32,7 @@ def relevant(opened: Opened, *methods: steer.Method) -> torch.Tensor:
 
 def test_the_loss_is_of_the_mass_the_model_has(opened: Opened) -> None:
     with torch.no_grad():
-        mine = Cached.of(opened, EXAMPLE).mass(torch.zeros(2, 4, 8))
+        mine = Cached.of(opened, EXAMPLE).mass(torch.zeros(2, 4, 8), torch.zeros(2, 4, 8))
     torch.testing.assert_close(mine, relevant(opened), atol=1e-5, rtol=0)
 
 
@@ -65,6 +67,33 @@ def test_one_vector_on_all_keys_changes_nothing(opened: Opened) -> None:
         plain = opened.model(IDS[None]).logits
         with hw.attend(opened, edits=[hw.Shift(k=torch.ones(8))]):
             torch.testing.assert_close(opened.model(IDS[None]).logits, plain, atol=1e-4, rtol=0)
+
+
+def test_a_key_direction_counts_only_on_some_keys(opened: Opened) -> None:
+    draw = torch.Generator().manual_seed(3)
+    directions, key_directions = torch.randn(2, 2, 4, 8, generator=draw)
+    cached = Cached.of(opened, EXAMPLE)
+    key_directions.requires_grad_()
+    everywhere = replace(cached, moved=torch.ones_like(cached.moved))
+    everywhere.mass(directions, key_directions).sum().backward()
+    assert key_directions.grad.abs().max() < 1e-4  # added to all keys: the softmax cancels it
+    key_directions.grad = None
+    some = Cached.of(opened, EXAMPLE, keys="relevant")
+    mass = some.mass(0.3 * directions, 0.3 * key_directions)
+    mass.sum().backward()
+    assert key_directions.grad.abs().max() > 1e-2
+    method = steer.FocusDirections(directions, 0.3, keys="relevant", key_directions=key_directions.detach())
+    torch.testing.assert_close(relevant(opened, method)[0], mass[0].detach(), atol=1e-5, rtol=0)
+
+
+def test_both_directions_are_learnt_where_keys_are_named(opened: Opened) -> None:
+    settings = {"epochs": 30, "lr": 0.05}
+    queries_only = steer.FocusDirections(alpha=1.0).calibrate(opened, [EXAMPLE], **settings)
+    both = steer.FocusDirections(alpha=1.0, keys="relevant").calibrate(opened, [EXAMPLE], **settings)
+    assert queries_only.key_directions is None
+    assert relevant(opened, both)[0].mean() > relevant(opened, queries_only)[0].mean() + 0.05
+    with pytest.raises(hw.HeadwiseError, match="no directions yet"):
+        steer.FocusDirections(torch.ones(2, 4, 8), keys="relevant").edits(opened)
 
 
 def test_the_last_token_is_found_behind_and_before_padding() -> None:
@@ -106,6 +135,35 @@ def test_alpha_one_puts_the_embedding_in_place_at_the_last_token_only(opened: Op
     torch.testing.assert_close(found[1][:, :, :-1], found[0][:, :, :-1], atol=1e-6, rtol=0)
 
 
+def test_alpha_zero_is_the_plain_model_bit_for_bit(opened: Opened) -> None:
+    batch = opened.encode(PROMPT)
+    with torch.no_grad():
+        plain = opened.model(**batch).logits
+        with steer.apply(
+            opened, steer.SoftInjection(torch.randn(2, 4, 8), torch.zeros(2, 4)), segments=steer.mark_last(batch)
+        ):
+            assert torch.equal(opened.model(**batch).logits, plain)
+
+
+def test_prompts_of_a_batch_are_injected_at_their_own_last_tokens(opened: Opened) -> None:
+    method = steer.SoftInjection(torch.randn(2, 4, 8), torch.rand(2, 4))
+    prompts = [PROMPT, "a man", "the girls were so"]
+    with torch.no_grad():
+        together = method.logits(opened, prompts)
+        for prompt, row in zip(prompts, together, strict=True):
+            torch.testing.assert_close(method.logits(opened, [prompt])[0], row, atol=1e-4, rtol=1e-4)
+        losses = [float(method.loss(opened, [(prompt, " house")])) for prompt in prompts]
+        assert float(method.loss(opened, [(p, " house") for p in prompts])) == pytest.approx(sum(losses) / 3, abs=1e-4)
+
+
+def test_alpha_can_be_learnt_in_batches(opened: Opened) -> None:
+    train = [(PROMPT, " with"), ("a man of large", " fortune"), ("the girls", " were")]
+    fitted = steer.SoftInjection().calibrate(opened, [PROMPT, "the girls"], train, train, steps=30, lr=0.3, batch=3)
+    half = steer.SoftInjection(fitted.embedding, torch.full((2, 4), 0.5))
+    with torch.no_grad():
+        assert float(fitted.loss(opened, train)) < float(half.loss(opened, train)) - 0.01
+
+
 def test_injection_learns_alpha_alone(opened: Opened) -> None:
     before = [p.clone() for p in opened.model.parameters()]
     train = [(PROMPT, " with"), ("a man of large", " fortune")]
@@ -113,7 +171,7 @@ def test_injection_learns_alpha_alone(opened: Opened) -> None:
     fitted = start.calibrate(opened, [PROMPT, "the girls"], train, train, steps=60, lr=0.3)
     half = steer.SoftInjection(fitted.embedding, torch.full((2, 4), 0.5))
     with torch.no_grad():
-        loss = [sum(float(m.loss(opened, *pair)) for pair in train) for m in (fitted, half)]
+        loss = [float(m.loss(opened, train)) for m in (fitted, half)]
     assert loss[0] < loss[1] - 0.01
     assert all(
         torch.equal(a, b) and b.requires_grad and b.grad is None for a, b in zip(before, opened.model.parameters())

@@ -1,7 +1,9 @@
 """Choices, calibration and recipes."""
 
 import json
+import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -49,10 +51,66 @@ def test_calibration_is_never_worse_than_the_plain_model_on_its_examples(opened:
     assert tuned.gain in (0.25, 1.0, 4.0)
 
 
+def test_prompts_that_share_a_pass_are_scored_as_alone(opened: Opened) -> None:
+    some = [*EXAMPLES, steer.Choice("a man of large", (" fortune", " so much"), gold=0)]
+    together = steer.choices.many_logprobs(opened, some)
+    for example, found in zip(some, together, strict=True):
+        torch.testing.assert_close(found, steer.option_logprobs(opened, example), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["labels", "entropy"])
+def test_slopes_are_those_of_the_gain(mode: str) -> None:
+    opened = llama()
+    opened.model.double()
+    slopes = steer.ZeroTuning().slopes(opened, EXAMPLES, mode)
+
+    def value(log_gain: float, pair: tuple[int, int]) -> float:
+        method = steer.TokenScale(gain=math.exp(log_gain), heads=[pair])
+        with steer.apply(opened, method):
+            logs = [steer.option_logprobs(opened, e).log_softmax(-1) for e in EXAMPLES]
+        if mode == "labels":
+            return sum(float(p[e.gold]) for p, e in zip(logs, EXAMPLES, strict=True)) / len(EXAMPLES)
+        return sum(float((p.exp() * p).sum()) for p in logs) / len(EXAMPLES)
+
+    for pair in ((0, 1), (1, 3)):
+        wanted = (value(0.02, pair) - value(-0.02, pair)) / 0.04
+        assert float(slopes[pair]) == pytest.approx(wanted, rel=1e-2, abs=1e-5)
+
+
+def test_heads_by_gradient_are_those_of_the_larger_side(opened: Opened) -> None:
+    tuned = steer.ZeroTuning().calibrate(opened, EXAMPLES, per="head", probe="gradient", grid=(0.5, 1.0, 2.0))
+    slopes = steer.ZeroTuning().slopes(opened, EXAMPLES).flatten()
+    sign = 1 if slopes.clamp(min=0).sum() >= (-slopes).clamp(min=0).sum() else -1
+    order = (sign * slopes).argsort(descending=True)[:4]
+    assert set(tuned.heads) == {divmod(int(n), 4) for n in order}
+    curve = tuned.curve(opened, EXAMPLES, grid=(0.5, 1.0, 2.0))
+    assert curve[tuned.gain] == max(curve.values())
+
+
+def test_leverage_is_the_slope_of_the_entropy_of_rows() -> None:
+    opened = llama()
+    opened.model.double()
+    batch = opened.encode("the family was so much pleased with the house")
+    found = steer.first_token_leverage(opened, batch)
+
+    def entropy(log_gain: float) -> np.ndarray:
+        edits = steer.TokenScale(gain=math.exp(log_gain)).edits(opened)
+        with hw.attend(opened, readings=[hw.Entropy(layers=0)], edits=edits) as run, torch.no_grad():
+            opened.model(**batch)
+        return run.tree["text"]["entropy"].mean("query").values[0, 0]
+
+    np.testing.assert_allclose(found["entropy_slope"].values[0], (entropy(1e-3) - entropy(-1e-3)) / 2e-3, atol=1e-4)
+    with hw.attend(opened, readings=[hw.Mass(("first",))]) as run, torch.no_grad():
+        opened.model(**batch)
+    np.testing.assert_allclose(found["mass"], run.tree["text"]["mass"].mean("query").values[0, ..., 0], atol=1e-6)
+
+
 def test_calibration_says_what_it_wants(opened: Opened) -> None:
-    for wrong in ({"mode": "luck"}, {"per": "layer"}, {"share": 0.0}):
+    for wrong in ({"mode": "luck"}, {"per": "layer"}, {"share": 0.0}, {"probe": "none"}):
         with pytest.raises(hw.HeadwiseError, match=next(iter(wrong))):
             steer.ZeroTuning().calibrate(opened, EXAMPLES, **wrong)
+    with pytest.raises(hw.HeadwiseError, match="examples: wanted"):
+        steer.ZeroTuning().slopes(opened, [steer.Choice("a", (" b", " c"))])
 
 
 def test_a_recipe_comes_back_as_it_was(opened: Opened, tmp_path) -> None:

@@ -1,8 +1,8 @@
 """Concept heads: the heads whose writing a concept's words explain, suppressed or enhanced.
 
-A head's part in the residual stream, one row a sample at the last token of the prompt, is pursued (`somp`) in the
-unembedding rows of the concept's tokens; the head's score is the variance they explain. The outputs of the best heads
-are multiplied by alpha: -1 suppresses the concept, 5 enhances it, 0 ablates.
+A head's part in the residual stream, one row a sample at the last token of the prompt (or one for every token that the
+model writes on), is pursued in the unembedding rows of the concept's tokens; the head's score is the variance they
+explain. The outputs of the best heads are multiplied by alpha: -1 suppresses the concept, 5 enhances it, 0 ablates.
 """
 
 from __future__ import annotations
@@ -12,16 +12,14 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
 import numpy as np
-import torch
 from jaxtyping import Float
-from torch import Tensor
 
-from headwise.attention import Edit, HeadGain, HeadOutput, attend
+from headwise.attention import Edit, HeadGain
 from headwise.errors import HeadwiseError
 from headwise.models import Opened
 from headwise.paper import Paper
+from headwise.steer.head_pursuit import head_pursuit, head_rows, unembedding
 from headwise.steer.method import Heads, Method, every_head, pairs
-from headwise.steer.pursuit import somp
 
 
 @dataclass(frozen=True)
@@ -44,53 +42,39 @@ class ConceptHeads(Method):
         return [HeadGain(gain=self.alpha, heads=chosen)]
 
     def calibrate(
-        self, opened: Opened, prompts: Sequence[str], words: Sequence[str], count: int = 8, steps: int = 50
+        self,
+        opened: Opened,
+        prompts: Sequence[str],
+        words: Sequence[str],
+        count: int = 8,
+        steps: int = 50,
+        tokens: int = 1,
+        average: bool = False,
+        center: bool = True,
     ) -> Self:
-        """A copy for the `count` heads that the words explain best."""
-        scores = concept_scores(opened, prompts, words, steps)
+        """A copy for the `count` heads that the words explain best; other settings as in `concept_scores`."""
         every = every_head(opened)
         if not 1 <= count <= len(every):
             raise HeadwiseError(f"count: wanted 1 to {len(every)} heads; got {count}.")
+        scores = concept_scores(opened, prompts, words, steps, tokens, average, center)
         best = sorted(every, key=lambda pair: -scores[pair])[:count]
         return replace(self, heads=tuple(sorted(best)))
 
 
 def concept_scores(
-    opened: Opened, prompts: Sequence[str], words: Sequence[str], steps: int = 50, center: bool = True
+    opened: Opened,
+    prompts: Sequence[str],
+    words: Sequence[str],
+    steps: int = 50,
+    tokens: int = 1,
+    average: bool = False,
+    center: bool = True,
 ) -> Float[np.ndarray, "layer head"]:
-    """Explained variance, 0 to 1, of every head's writing at the prompts' last tokens."""
-    if len(prompts) < 2:
-        raise HeadwiseError(f"prompts: wanted two or more, as a head is judged by how it varies; got {len(prompts)}.")
+    """Explained variance, 0 to 1, of every head's writing at the prompts' last tokens, or (`tokens`, `average`) where
+    the model writes on as `head_rows` has it; less the mean row with `center`, the released code's way."""
     dictionary = unembedding(opened)[concept_tokens(opened, words)]
-    reading = HeadOutput(what="vector", queries=[-1], stream="text")
-    rows = []
-    for prompt in prompts:
-        with attend(opened, readings=[reading]) as run, torch.no_grad():
-            opened.model(**opened.encode(prompt))
-        z = run.tree["text"]["head_output"].isel(sample=0, query=0).transpose("layer", "head", "channel")
-        rows.append(torch.tensor(z.values, device=opened.device))
-    outputs = torch.stack(rows)  # sample, layer, head, channel
-    sites = [site for site in opened.sites if site.stream == "text"]
-    scores = np.zeros(outputs.shape[1:3])
-    for layer, site in enumerate(sites):
-        for head in range(site.heads):
-            written = outputs[:, layer, head] @ site.W_O[head].detach().to(outputs)
-            found = somp(written, dictionary, steps, center=center)
-            scores[layer, head] = float(found.explained[-1]) if len(found.explained) else 0.0
-    return scores
-
-
-def unembedding(opened: Opened) -> Float[Tensor, "vocabulary dim"]:
-    """The unembedding rows, with the gain of the final norm in them: what raises a token's logit."""
-    head = opened.model.get_output_embeddings() if hasattr(opened.model, "get_output_embeddings") else None
-    if head is None:
-        raise HeadwiseError(f"ConceptHeads needs a language model's unembedding; {opened.name} has none.")
-    rows = head.weight.detach().float()
-    base = getattr(opened.model, opened.model.base_model_prefix, opened.model)
-    norm = getattr(base, "norm", None) or getattr(base, "ln_f", None) or getattr(base, "final_layer_norm", None)
-    gain = getattr(norm, "weight", None)
-    rows = rows if gain is None else rows * gain.detach().float()
-    return rows - rows.mean(-1, keepdim=True) if getattr(norm, "bias", None) is not None else rows
+    rows = head_rows(opened, prompts, tokens=tokens, average=average)
+    return head_pursuit(opened, rows, dictionary, steps, center=center)["explained"].values[..., -1]
 
 
 def concept_tokens(opened: Opened, words: Sequence[str]) -> list[int]:
