@@ -7,8 +7,9 @@ import torch
 
 from headwise import scan
 from headwise.attention import Map, attend
+from headwise.attention.waveform import ripples
 from headwise.errors import HeadwiseError
-from headwise.scan.waveform import WaveformHeads, rank_correlation, ripples
+from headwise.scan.waveform import WaveformHeads, rank_correlation
 from tests.scan.models import bert, llama
 
 

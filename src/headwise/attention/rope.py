@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from headwise.attention.call import AttentionCall, expand_kv
 from headwise.attention.edits import Rebase
+from headwise.attention.once import on
 from headwise.errors import HeadwiseError
 
 GROWING = ("dynamic", "longrope")
@@ -81,7 +82,7 @@ class Rotary:
             if edit not in self._bases:
                 bases = torch.as_tensor(edit.theta).flatten().tolist()
                 self._bases[edit] = torch.stack([self.frequencies(theta) for theta in bases]).to(place)
-            new = self._bases[edit][:, :half]
+            new = on(self._bases[edit], place.device)[:, :half]
             if batch % len(new):
                 raise HeadwiseError(f"Rebase(theta=...) has {len(new)} bases, but the batch has {batch} rows.")
         if edit.positions is None:

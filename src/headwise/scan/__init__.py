@@ -3,6 +3,7 @@
 `scan.heads(opened, texts=[...])` asks all questions that fit; a question is a small class of its own file.
 """
 
+from headwise.attention.waveform import rope_frequencies, rope_peaks, rope_waveform
 from headwise.scan.alignment import Alignment, align, delayed
 from headwise.scan.attention_graph import attention_graphs
 from headwise.scan.basin import AttentionBasin, basin_layer, edge_ratio
@@ -64,7 +65,7 @@ from headwise.scan.topics import TopicAttention
 from headwise.scan.trajectory import dip_and_rise, entropy_trajectory, stable_rank
 from headwise.scan.uniform_query import UniformQuery
 from headwise.scan.unselectable import UnselectableKeys, unselectable
-from headwise.scan.waveform import WaveformHeads, model_frequencies, rope_frequencies, rope_peaks, rope_waveform
+from headwise.scan.waveform import WaveformHeads, model_frequencies
 from headwise.scan.word_pairs import Relation
 
 __all__ = [

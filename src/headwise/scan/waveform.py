@@ -1,9 +1,8 @@
 """At which distances does a rotary model attend less, whatever the content?
 
-For frequencies theta_j (base b, head width D: `theta_j = b^(-2j/D)`, j = 0 ... D/2 - 1) the attainable score at a
-distance of s tokens is bounded by the waveform `W(s) = (2/D) sum_i |sum_{j<i} exp(i s theta_j)|` (i = 1 ... D/2): it
-falls with the distance, in ripples whose peaks and troughs depend on the base. `WaveformHeads` measures whether a
-head's attention to random tokens has the ripples of the model's own waveform.
+The bound on the score that can be attained at a distance, the waveform, falls in ripples that depend on the rotary base
+(attention/waveform.py). `WaveformHeads` measures whether a head's attention to random tokens has the ripples of the
+model's own waveform.
 """
 
 from __future__ import annotations
@@ -15,10 +14,11 @@ from typing import ClassVar
 import numpy as np
 import torch
 import xarray as xr
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
 from headwise.attention.readings import At, Reading
 from headwise.attention.rope import find_rotary
+from headwise.attention.waveform import Frequencies, ripples, rope_frequencies, rope_waveform
 from headwise.errors import HeadwiseError
 from headwise.models import Opened
 from headwise.paper import Paper
@@ -28,14 +28,6 @@ from headwise.scan.tokens import beginning, random_tokens
 
 FLAT = 1e-6
 """A curve that varies by less, as a share of its largest value, has no ripples but those of rounding."""
-Frequencies = Float[np.ndarray, " pair"]
-
-
-def rope_frequencies(base: float, head_dim: int) -> Frequencies:
-    """`base^(-2j/head_dim)` for the pairs j of a head, in radians a token."""
-    if not base > 1 or head_dim < 2 or head_dim % 2:
-        raise HeadwiseError(f"Wanted a base above 1 and an even head_dim; got base={base!r}, head_dim={head_dim!r}.")
-    return float(base) ** (-np.arange(0, head_dim, 2) / head_dim)
 
 
 def model_frequencies(opened: Opened) -> Frequencies | None:
@@ -43,28 +35,6 @@ def model_frequencies(opened: Opened) -> Frequencies | None:
     site = next((site for site in opened.sites if site.stream == "text"), None)
     rotary = None if site is None else find_rotary(opened.model, site.module)
     return None if rotary is None else rotary.inv_freq.detach().double().cpu().numpy()
-
-
-def rope_waveform(frequencies: Frequencies, max_distance: int = 4096) -> Float[np.ndarray, " distance"]:
-    """W(s) for s = 0 ... max_distance; `W(0) = (D/2 + 1) / 2` is the largest."""
-    angle = np.arange(max_distance + 1)[:, None] * np.asarray(frequencies, dtype=float)
-    return np.abs(np.exp(1j * angle).cumsum(1)).mean(1)
-
-
-def rope_peaks(waveform: Float[np.ndarray, " distance"]) -> tuple[Int[np.ndarray, " peak"], Int[np.ndarray, " trough"]]:
-    """The distances of the local maxima and of the local minima, ends left out."""
-    step = np.sign(np.diff(waveform))
-    return np.flatnonzero((step[:-1] > 0) & (step[1:] <= 0)) + 1, np.flatnonzero((step[:-1] < 0) & (step[1:] >= 0)) + 1
-
-
-def ripples(curve: Float[np.ndarray, "... distance"], degree: int = 3) -> Float[np.ndarray, "... distance"]:
-    """A positive curve over distances 1, 2, ... divided by its trend: a polynomial in log(distance) through its
-    logarithm. How the trend is taken out is not settled by the paper."""
-    x = np.log(np.arange(1, curve.shape[-1] + 1))
-    basis = np.polynomial.chebyshev.chebvander(2 * x / x[-1] - 1, degree)
-    level = np.log(np.maximum(curve, 1e-30))
-    trend = level @ basis @ np.linalg.pinv(basis.T @ basis) @ basis.T
-    return np.exp(level - trend)
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,10 @@ from jaxtyping import Float
 
 from headwise import scan
 from headwise.attention import Rebase, attend
+from headwise.attention.waveform import ripples
 from headwise.models import Opened, open_model
 from headwise.paper import Paper
-from headwise.scan.waveform import rank_correlation, ripples
+from headwise.scan.waveform import rank_correlation
 from headwise.study.finding import Finding
 from headwise.study.registry import study
 
