@@ -11,7 +11,8 @@ from headwise.models import Opened, Segments
 from tests.scan.models import llama
 
 IDS = torch.randint(3, 200, (1, 12), generator=torch.Generator().manual_seed(0))
-PARTS = Segments.from_spans({"first": (0, 1), "span": (3, 6), "other": (7, 9), "last": (11, 12)}, 12)
+SPANS = {"first": (0, 1), "span": (3, 6), "other": (7, 9), "last": (11, 12), "generated": (12, 12)}
+PARTS = Segments.from_spans(SPANS, 12)
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +140,9 @@ def test_split_softmax_raises_the_mass_to_a_power(opened: Opened, tau: float) ->
 
 
 def test_documents_get_the_shares_of_their_relevance_and_nothing_else_changes(opened: Opened) -> None:
-    method = steer.FoundInTheMiddle(("span", "other"), relevance=(0.2, 0.5), temperature=0.3, first_layer=0)
+    method = steer.FoundInTheMiddle(
+        ("span", "other"), relevance=(0.2, 0.5), temperature=0.3, first_layer=0, queries=None
+    )
     a, found = weights(opened), weights(opened, method)
     share = torch.tensor([0.2, 0.5]).double().div(0.3).softmax(-1)
     torch.testing.assert_close(method.shares, share, atol=1e-6, rtol=0)
@@ -153,22 +156,103 @@ def test_documents_get_the_shares_of_their_relevance_and_nothing_else_changes(op
     torch.testing.assert_close(found[:7], a[:7], atol=1e-6, rtol=0)  # queries that don't see both documents
 
 
-def test_equal_relevance_shares_the_mass_equally(opened: Opened) -> None:
-    method = steer.FoundInTheMiddle(("span", "other"), relevance=(1.0, 1.0))
-    assert method.shares.tolist() == [0.5, 0.5]
+def test_by_default_only_the_rows_that_write_the_answer_change(opened: Opened) -> None:
+    method = steer.FoundInTheMiddle(("span", "other"), relevance=(0.2, 0.5), first_layer=0)
+    a, found = weights(opened), weights(opened, method)
+    torch.testing.assert_close(found[:11], a[:11], atol=1e-7, rtol=0)
+    assert (found[11] - a[11]).abs().max() > 1e-3
+    # Read at once, the tokens after the prompt are "generated": the same as all rows from the last one on.
+    text = torch.cat([IDS, IDS[:, :4]], 1)
+    known = PARTS.extend(16)
+    tail = Segments.from_spans({"span": (3, 6), "other": (7, 9), "tail": (11, 16)}, 16)
+    found = []
+    for queries, segments in ((steer.found_in_the_middle.LAST_AND_GENERATED, known), ("tail", tail)):
+        same = steer.FoundInTheMiddle(("span", "other"), relevance=(0.2, 0.5), first_layer=0, queries=queries)
+        with steer.apply(opened, same, segments=segments), torch.no_grad():
+            found.append(opened.model(text).logits)
+    torch.testing.assert_close(found[0], found[1], atol=1e-6, rtol=0)
+
+
+def test_generation_goes_on_as_it_was_steered(opened: Opened) -> None:
+    method = steer.FoundInTheMiddle(("span", "other"), relevance=(0.0, 1.0), first_layer=0)
+    asked = {"max_new_tokens": 5, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    with steer.apply(opened, method, segments=PARTS):
+        cached = opened.model.generate(IDS, attention_mask=torch.ones_like(IDS), **asked)
+    with steer.apply(opened, method, segments=PARTS.extend(17)), torch.no_grad():
+        whole = opened.model(cached.sequences).logits[0, 11:-1]
+    torch.testing.assert_close(torch.cat(cached.logits), whole, atol=1e-4, rtol=0)
+
+
+def test_shares_that_are_the_models_own_change_nothing(opened: Opened) -> None:
+    a = weights(opened)[11].double()
+    own = torch.stack([a[3:6].sum(), a[7:9].sum()]).log()
+    method = steer.FoundInTheMiddle(("span", "other"), tuple(own.tolist()), temperature=1.0, first_layer=0)
+    torch.testing.assert_close(weights(opened, method)[11], a, atol=1e-6, rtol=0)
+
+
+def test_shares_of_documents_in_the_limits() -> None:
+    names = ("one", "two", "three")
+    assert steer.FoundInTheMiddle(names, relevance=(1.0, 1.0, 1.0)).shares.tolist() == pytest.approx([1 / 3] * 3)
+    hot = steer.FoundInTheMiddle(names, relevance=(0.1, 0.5, 0.2), temperature=1e9)
+    assert hot.shares.tolist() == pytest.approx([1 / 3] * 3)
+    cold = steer.FoundInTheMiddle(names, relevance=(0.1, 0.5, 0.2), temperature=1e-5)
+    assert cold.shares.tolist() == pytest.approx([0, 1, 0])
+    long = steer.FoundInTheMiddle(names, relevance=(1.0, 1.0, 1.0), lengths=(10, 20, 70))
+    assert long.shares.tolist() == pytest.approx([0.1, 0.2, 0.7])
+
+
+def test_a_relevance_for_every_head(opened: Opened) -> None:
+    relevance = torch.rand(2, 4, 2, generator=torch.Generator().manual_seed(1))
+    method = steer.FoundInTheMiddle(("span", "other"), relevance=relevance, first_layer=0)
+    alone = steer.FoundInTheMiddle(("span", "other"), tuple(relevance[0, 1].tolist()), first_layer=0)
+    torch.testing.assert_close(weights(opened, method), weights(opened, alone), atol=1e-6, rtol=0)  # layer 0, head 1
 
 
 def test_relevance_is_attention_less_that_of_a_dummy_in_the_same_place() -> None:
-    # On a bidirectional-looking prompt of a random model the numbers mean nothing; that they are these does.
+    # For a random model the numbers mean nothing; that they are these differences does.
     opened = llama()
     docs = ["the family was pleased", "a man of large fortune", "the girls were there"]
-    empty = steer.FoundInTheMiddle(tuple(f"document {n + 1}" for n in range(3)))
-    method = empty.calibrate(opened, "the house", docs, "who is pleased")
-    assert len(method.relevance) == 3
+    names = tuple(f"document {n + 1}" for n in range(3))
+    empty = steer.FoundInTheMiddle(names)
     same = empty.calibrate(opened, "the house", docs, "who is pleased", dummy=docs[1])
     assert same.relevance[1] == pytest.approx(0.0, abs=1e-7)  # the document is its own dummy
+    each = empty.calibrate(opened, "the house", docs, "who is pleased", dummy=docs[1], scope="head")
+    assert each.relevance.mean((0, 1)).tolist() == pytest.approx(same.relevance, abs=1e-7)
+    # The slow way for the first document: whole maps, last row, with the document and with the dummy.
+    found = []
+    for first in (docs[0], docs[1][: len("a man of large")]):
+        batch, segments = Segments.from_documents(opened.tokenizer, [first, *docs[1:]], "the house", "who is pleased")
+        with hw.attend(opened, readings=[hw.Map()]) as run, torch.no_grad():
+            opened.model(**batch)
+        rows = torch.tensor(run.tree["text"]["map"].values[0, :, :, -1]).mean((0, 1))
+        found.append(float(rows[segments.mask(names[0])].mean()))
+    assert same.relevance[0] == pytest.approx(found[0] - found[1], abs=1e-7)
     with pytest.raises(hw.HeadwiseError, match="call calibrate"):
         empty.edits(opened)
+    with pytest.raises(hw.HeadwiseError, match="scope"):
+        empty.calibrate(opened, "the house", docs, "who is pleased", scope="layer")
+
+
+def test_the_best_item_stands_where_the_model_looks_most() -> None:
+    profile, relevance = [0.3, 0.1, 0.2, 0.5], [0.0, 4.0, 2.0, 3.0]
+    order = steer.attn_rank(profile, relevance)
+    assert sorted(order) == [0, 1, 2, 3]
+    assert [relevance[n] for n in order] == [3.0, 0.0, 2.0, 4.0]
+    assert steer.rerank("abcd", profile, relevance) == ["d", "a", "c", "b"]
+    assert steer.attn_rank([1.0] * 3, [2.0, 2.0, 5.0]) == [2, 0, 1]  # a flat profile keeps the order of relevance
+    assert steer.attn_rank([0.1], [7.0]) == [0]
+    with pytest.raises(hw.HeadwiseError, match="as many places"):
+        steer.attn_rank([0.1], [1.0, 2.0])
+    with pytest.raises(hw.HeadwiseError, match="relevance for each"):
+        steer.rerank(["a"], [0.1, 0.2], [1.0, 2.0])
+
+
+def test_a_flattened_basin_divides_by_the_profile(opened: Opened) -> None:
+    a = weights(opened)
+    gain = torch.ones(12).double()
+    gain[3:6], gain[7:9] = (0.3 / 0.2) ** -0.5, (0.1 / 0.2) ** -0.5
+    method = steer.FlattenBasin(("span", "other"), (0.3, 0.1), strength=0.5)
+    torch.testing.assert_close(weights(opened, method), a * gain / (a * gain).sum(-1, keepdim=True), atol=1e-6, rtol=0)
 
 
 def test_forced_attention_is_the_row_given(opened: Opened) -> None:
@@ -220,6 +304,8 @@ def test_a_pattern_of_this_model_gives_its_heads(opened: Opened) -> None:
         (lambda: steer.FoundInTheMiddle(("one",)), r"FoundInTheMiddle\(documents"),
         (lambda: steer.FoundInTheMiddle(("one", "two"), relevance=(1.0,)), r"FoundInTheMiddle\(relevance"),
         (lambda: steer.FoundInTheMiddle(("one", "two"), temperature=0.0), r"FoundInTheMiddle\(temperature"),
+        (lambda: steer.FoundInTheMiddle(("one", "two"), lengths=(3, 0)), r"FoundInTheMiddle\(lengths"),
+        (lambda: steer.FocusDirections(key_directions=torch.ones(2, 4, 8)), r"FocusDirections\(keys"),
         (lambda: steer.ForceAttention(()), r"ForceAttention\(targets"),
         (lambda: steer.ForceAttention((1,), weights=(0.0,)), r"ForceAttention\(weights"),
         (lambda: steer.TokenScale(heads=(), gain=2.0).edits(llama()), "heads: wanted"),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 from headwise.attention import Edit, ScoreBias
 from headwise.errors import HeadwiseError
@@ -18,6 +18,7 @@ from headwise.paper import Paper
 from headwise.steer.method import Method
 
 PAPER = Paper("Attention Basin: Why Contextual Position Matters in Large Language Models", "2508.05128")
+T = TypeVar("T")
 
 
 def attn_rank(profile: Sequence[float], relevance: Sequence[float]) -> list[int]:
@@ -32,6 +33,17 @@ def attn_rank(profile: Sequence[float], relevance: Sequence[float]) -> list[int]
     for place, item in zip(places, items, strict=True):
         order[place] = item
     return order
+
+
+def rerank(items: Sequence[T], profile: Sequence[float], relevance: Sequence[float]) -> list[T]:
+    """The items in that order, to be put into the prompt.
+
+    >>> rerank(["dull", "apt", "so-so"], profile=[0.3, 0.1, 0.5], relevance=[0, 9, 4])
+    ['so-so', 'dull', 'apt']
+    """
+    if len(items) != len(relevance):
+        raise HeadwiseError(f"rerank wants a relevance for each of {len(items)} items; got {len(relevance)}.")
+    return [items[n] for n in attn_rank(profile, relevance)]
 
 
 @dataclass(frozen=True)

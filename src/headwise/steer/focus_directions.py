@@ -2,8 +2,10 @@
 
 `q_i + alpha d` turns the scores by `alpha d . k_j` (times the scale): a bias of each key, the same for all queries. The
 vectors are learnt, each layer by itself on its own cached queries and keys, to raise the mass that the answer's tokens
-give to the relevant text: `loss = - mean over heads and answer tokens of sum_{j in relevant} a_ij`. A vector added to
-*all* keys cancels in the softmax, so that none is learnt.
+give to the relevant text: `loss = - mean over heads and answer tokens of sum_{j in relevant} a_ij`.
+
+The paper adds a second vector to all keys as well. That cancels in the softmax: its gradient is 0, and it changes
+nothing. It counts when it is added to some keys only, `(q_i + alpha d) . (k_j + alpha e)` for j of one segment.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, Self
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from headwise.attention import Edit, Inputs, Shift, attend
@@ -40,26 +42,38 @@ class Focus:
 @dataclass(frozen=True, eq=False)
 class FocusDirections(Method):
     """`directions` [layer, head, dim] from `calibrate`, times `alpha`, in `heads` (the contextual ones; None: all). The
-    paper's alpha is 0.2; a negative one takes attention away from relevant text."""
+    paper's alpha is 0.2; a negative one takes attention away from relevant text. With `keys`, a segment, its keys have
+    `key_directions` as well, learnt beside the others."""
 
     directions: Float[Tensor, "layer head dim"] | None = None
     alpha: float = 0.2
     heads: Heads = None
+    keys: str | None = None
+    key_directions: Float[Tensor, "layer head dim"] | None = None
     what: ClassVar[str] = "a learnt vector a head that looks for relevant text"
     paper: ClassVar[Paper] = Paper(
         "Focus Directions Make Your Language Models Pay More Attention to Relevant Contexts", "2503.23306"
     )
 
+    def __post_init__(self) -> None:
+        if self.key_directions is not None and self.keys is None:
+            raise HeadwiseError(
+                "FocusDirections(keys=...) must name a segment where key_directions= are given: added to all keys they "
+                "change nothing."
+            )
+
     def edits(self, opened: Opened) -> list[Edit]:
         if self.alpha == 0:
             return []
-        if self.directions is None:
+        if self.directions is None or (self.keys is not None and self.key_directions is None):
             raise HeadwiseError("FocusDirections has no directions yet: call calibrate(opened, examples).")
-        chosen = pairs(self.heads, opened) or every_head(opened)
-        return [
-            Shift(q=self.alpha * self.directions[layer, heads], layer=layer, heads=heads)
-            for layer, heads in by_layer(chosen).items()
-        ]
+        edits: list[Edit] = []
+        for layer, heads in by_layer(pairs(self.heads, opened) or every_head(opened)).items():
+            edits.append(Shift(q=self.alpha * self.directions[layer, heads], layer=layer, heads=heads))
+            if self.key_directions is not None:
+                moved = self.alpha * self.key_directions[layer, heads]
+                edits.append(Shift(k=moved, tokens=self.keys, layer=layer, heads=heads))
+        return edits
 
     def calibrate(
         self,
@@ -70,24 +84,27 @@ class FocusDirections(Method):
         loss: Literal["mass", "log_mass"] = "mass",
         seed: int = 0,
     ) -> Self:
-        """A copy with directions learnt on the examples, starting at normal numbers of variance 0.01. One forward pass
-        an example, the rest on what it left; the model's weights are not touched."""
+        """A copy with directions learnt on the examples in a new order every epoch, starting at normal numbers of
+        standard deviation 0.01. One forward pass an example, the rest on what it left; the model's weights are not
+        touched. Where few examples make few steps, `lr` has to be larger: AdamW moves a number by at most about `lr` a
+        step, and the paper takes thousands."""
         if not examples or loss not in ("mass", "log_mass"):
             raise HeadwiseError(f'calibrate wants examples, and loss= "mass" or "log_mass"; got {loss!r}.')
         sites = [site for site in opened.sites if site.stream == "text"]
-        shape = (len(sites), max(s.heads for s in sites), max(s.head_dim for s in sites))
-        start = 0.1 * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-        directions = start.to(opened.device).requires_grad_()
-        optimizer = torch.optim.AdamW([directions], lr=lr)
-        cached = [Cached.of(opened, example) for example in examples]
+        shape = (2, len(sites), max(s.heads for s in sites), max(s.head_dim for s in sites))
+        draw = torch.Generator().manual_seed(seed)
+        both = (0.01 * torch.randn(shape, generator=draw)).to(opened.device).requires_grad_()
+        optimizer = torch.optim.AdamW([both], lr=lr)
+        cached = [Cached.of(opened, example, self.keys) for example in examples]
         for _ in range(epochs):
-            for one in cached:
+            for n in torch.randperm(len(cached), generator=draw).tolist():
                 with torch.enable_grad():
-                    mass = one.mass(directions)
+                    mass = cached[n].mass(both[0], both[1])
                     (-(mass if loss == "mass" else mass.clamp(min=1e-9).log()).mean()).backward()
                 optimizer.step()
                 optimizer.zero_grad()
-        return replace(self, directions=directions.detach().cpu())
+        directions, key_directions = both.detach().cpu()
+        return replace(self, directions=directions, key_directions=None if self.keys is None else key_directions)
 
 
 @dataclass(frozen=True)
@@ -96,12 +113,14 @@ class Cached:
 
     q: Float[Tensor, "layer head answer dim"]
     k: Float[Tensor, "layer head key dim"]
-    relevant: Tensor
-    seen: Tensor
+    relevant: Bool[Tensor, " key"]
+    moved: Bool[Tensor, " key"]
+    """The keys that have a direction of their own."""
+    seen: Bool[Tensor, "answer key"]
     scale: float
 
     @classmethod
-    def of(cls, opened: Opened, example: Focus) -> Cached:
+    def of(cls, opened: Opened, example: Focus, keys: str | None = None) -> Cached:
         answer = example.segments.mask("answer").flatten().nonzero().flatten()
         readings = [
             Inputs(("q",), queries=answer.tolist(), stream="text", name="q"),
@@ -113,11 +132,15 @@ class Cached:
         q, k = (torch.tensor(node[name].values, device=opened.device) for name in ("q", "k"))
         seen = torch.arange(k.shape[2])[None] <= answer[:, None]
         relevant = example.segments.mask("relevant").flatten()
+        moved = torch.zeros_like(relevant) if keys is None else example.segments.mask(keys).flatten()
         module = next(site for site in opened.sites if site.stream == "text").module
         scale = float(getattr(module, "scaling", q.shape[-1] ** -0.5))
-        return cls(q, k, relevant.to(q.device), seen.to(q.device), scale)
+        return cls(q, k, relevant.to(q.device), moved.to(q.device), seen.to(q.device), scale)
 
-    def mass(self, directions: Tensor) -> Float[Tensor, "layer head answer"]:
+    def mass(self, directions: Tensor, key_directions: Tensor) -> Float[Tensor, "layer head answer"]:
         """What the answer's queries, with these directions, give to the relevant text."""
-        s = torch.einsum("lhid,lhjd->lhij", self.q + directions[:, :, None], self.k) * self.scale
-        return s.masked_fill(~self.seen, -torch.inf).softmax(-1)[..., self.relevant].sum(-1)
+        q = self.q + directions[:, :, None]
+        s = torch.einsum("lhid,lhjd->lhij", q, self.k)
+        if self.moved.any():
+            s = s + torch.einsum("lhid,lhd->lhi", q, key_directions)[..., None] * self.moved
+        return (s * self.scale).masked_fill(~self.seen, -torch.inf).softmax(-1)[..., self.relevant].sum(-1)

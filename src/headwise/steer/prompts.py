@@ -14,7 +14,8 @@ LAST = "last"
 
 
 def mark_last(batch: Mapping[str, Any], segments: Segments | None = None) -> Segments:
-    """The segments of a prompt (None: no others) with its last token, padding aside, called "last"."""
+    """The segments of a prompt (None: no others) with its last token, padding aside, called "last". "generated" is a
+    name from the start, so that a method may speak of tokens that are still to come."""
     ids = batch.get("input_ids")
     if not isinstance(ids, torch.Tensor) or ids.ndim != 2:
         raise HeadwiseError('batch: wanted model inputs with "input_ids" of shape [batch, token].')
@@ -25,6 +26,6 @@ def mark_last(batch: Mapping[str, Any], segments: Segments | None = None) -> Seg
     known = segments or Segments(("rest",), torch.zeros(ids.shape[1], dtype=torch.long))
     known.validate(ids.shape[1])
     labels = known.labels.to(ids.device).expand(ids.shape).clone()
-    names = known.names if LAST in known.names else (*known.names, LAST)
+    names = (*known.names, *(name for name in (LAST, "generated") if name not in known.names))
     labels[torch.arange(len(ids), device=ids.device), last] = names.index(LAST)
     return Segments(names, labels)
