@@ -5,14 +5,16 @@
 """
 
 from headwise.steer.act import ACT
-from headwise.steer.attn_rank import FlattenBasin, attn_rank
+from headwise.steer.attn_rank import FlattenBasin, attn_rank, rerank
 from headwise.steer.catalogue import METHODS
 from headwise.steer.choices import Choice, accuracy, option_entropy, option_logprobs
 from headwise.steer.concept_heads import ConceptHeads, concept_scores, concept_tokens
 from headwise.steer.emphasis import Emphasis
+from headwise.steer.first_token import first_token_leverage, first_token_slopes
 from headwise.steer.focus_directions import Focus, FocusDirections
 from headwise.steer.force_attention import ForceAttention
-from headwise.steer.found_in_the_middle import FoundInTheMiddle
+from headwise.steer.found_in_the_middle import FoundInTheMiddle, place_attention
+from headwise.steer.head_pursuit import head_pursuit, head_rows, logit_lens, unembedding
 from headwise.steer.knockout import Knockout
 from headwise.steer.method import Method, apply
 from headwise.steer.prompts import mark_last
@@ -49,9 +51,17 @@ __all__ = [
     "attn_rank",
     "concept_scores",
     "concept_tokens",
+    "first_token_leverage",
+    "first_token_slopes",
+    "head_pursuit",
+    "head_rows",
+    "logit_lens",
     "mark_last",
     "option_entropy",
     "option_logprobs",
+    "place_attention",
+    "rerank",
     "somp",
     "task_embedding",
+    "unembedding",
 ]
