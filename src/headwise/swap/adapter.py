@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -86,7 +87,7 @@ class Replacement(nn.Module):
         past_key_values: Any = None,
         **rest: Any,
     ) -> tuple[Tensor, None]:
-        odd = [n for n in ("position_bias", "encoder_hidden_states", "s_aux") if rest.get(n) is not None]
+        odd = [n for n in ("encoder_hidden_states", "s_aux") if rest.get(n) is not None]
         if odd:
             raise HeadwiseError(f"{self.site_name}: the host hands over {', '.join(odd)}, which {self} does not take.")
         layer = None if past_key_values is None else self.layer_of(past_key_values)
@@ -130,5 +131,7 @@ def refuse(site: Site) -> str | None:
         return "it is not called by transformers' attention interface"
     if getattr(module, "rotary_emb", None) is not None:
         return "it makes its rotation angles itself"
+    if "position_bias" in inspect.signature(module.forward).parameters:
+        return "its layers hand a position bias on to each other"
     odd = [n for n in ("sinks", "attn_logit_softcapping") if getattr(module, n, None) is not None]
     return f"it has {', '.join(odd)}" if odd else None

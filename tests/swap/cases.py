@@ -1,0 +1,57 @@
+"""What every mechanism is tested with: its own settings on a small size. A mechanism that is not here fails the tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from headwise import swap
+
+DIM, HEADS, LENGTH = 32, 4, 12
+
+
+@dataclass(frozen=True)
+class Case:
+    """`own`: settings beside the sizes. `formula`: how many parameters it must have, from the paper's formula, for
+    width d, h heads, k key-value heads, head width p."""
+
+    formula: Callable[[int, int, int, int], int] | None = None
+    own: dict[str, Any] = field(default_factory=dict)
+    kv_heads: int | None = None
+    tolerance: float = 1e-9
+    """Of decoding through a cache against the full pass, in float64."""
+    readable: bool = True
+    """Whether its attention goes through the core, so that readings see it."""
+
+
+def projections(d: int, h: int, k: int, p: int) -> int:
+    return 2 * d * h * p + 2 * d * k * p
+
+
+CASES: dict[str, list[Case]] = {
+    "attention": [
+        Case(projections, {"position": swap.Rope()}, kv_heads=2),
+        Case(projections, {"position": swap.Alibi()}),
+        Case(projections, {"normaliser": swap.Activation("relu")}),
+        Case(projections, {"normaliser": swap.Entmax(1.5)}),
+        Case(lambda d, h, k, p: projections(d, h, k, p) + 2 * 8 * 8 + 8 + 8, {"score": swap.Additive(8)}),
+        Case(lambda d, h, k, p: projections(d, h, k, p) + 1 + 2 * p, {"score": swap.Cosine(), "qk_norm": True}),
+    ],
+}
+
+
+def make(name: str, case: Case, causal: bool, seed: int = 0) -> swap.Mechanism:
+    """In float64 and eval mode, with all parameters away from the special values they may start from."""
+    torch.manual_seed(seed)
+    made = swap.make(name, DIM, HEADS, causal=causal, kv_heads=case.kv_heads, **case.own).double().eval()
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return made
+
+
+def tokens(batch: int = 2, length: int = LENGTH, seed: int = 1) -> torch.Tensor:
+    return torch.randn(batch, length, DIM, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))

@@ -1,0 +1,135 @@
+"""What the room promises of every mechanism, tested on all of them."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from headwise import swap
+from headwise.attention import Entropy, Map, attend
+from headwise.errors import HeadwiseError
+from tests.swap.cases import CASES, DIM, HEADS, LENGTH, Case, make, tokens
+
+ALL = [pytest.param(name, case, id=f"{name}-{n}") for name, cases in CASES.items() for n, case in enumerate(cases)]
+CAUSAL = [p for p in ALL if swap.MECHANISMS[p.values[0]].causal_too]
+CROSS = [p for p in ALL if swap.MECHANISMS[p.values[0]].context_too]
+READABLE = [p for p in ALL if p.values[1].readable]
+
+
+def test_every_mechanism_is_tested():
+    assert set(CASES) == set(swap.MECHANISMS)
+
+
+@pytest.mark.parametrize("name", swap.MECHANISMS)
+def test_says_what_it_is(name: str):
+    kind = swap.MECHANISMS[name]
+    assert kind.what and kind.paper.title and kind.paper.arxiv and kind.__doc__
+
+
+@pytest.mark.parametrize("name,case", CAUSAL)
+def test_the_future_does_not_change_the_past(name: str, case: Case):
+    layer, x = make(name, case, causal=True), tokens()
+    other = x.clone()
+    other[:, 7:] = tokens(seed=5)[:, 7:] * 3
+    torch.testing.assert_close(layer(x)[:, :7], layer(other)[:, :7], rtol=0, atol=1e-12)
+    assert not torch.allclose(layer(x)[:, 7:], layer(other)[:, 7:])
+
+
+@pytest.mark.parametrize("name,case", CAUSAL)
+def test_decoding_through_a_cache_equals_the_full_pass(name: str, case: Case):
+    layer, x = make(name, case, causal=True), tokens()
+    cache = swap.Cache()
+    with torch.no_grad():
+        whole = layer(x)
+        parts = [layer(part, cache=cache) for part in x.split([5, 1, 1, 2, 1, 2], 1)]
+    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=0, atol=case.tolerance)
+
+
+@pytest.mark.parametrize("name,case", CAUSAL)
+def test_a_cache_follows_the_beams(name: str, case: Case):
+    layer, x = make(name, case, causal=True), tokens()
+    cache, rows = swap.Cache(), torch.tensor([1, 0])
+    with torch.no_grad():
+        layer(x[:, :8], cache=cache)
+        cache.reorder(rows)
+        torch.testing.assert_close(layer(x[rows, 8:], cache=cache), layer(x)[rows, 8:], rtol=0, atol=case.tolerance)
+
+
+@pytest.mark.parametrize("name,case", ALL)
+def test_padding_does_not_change_the_tokens(name: str, case: Case):
+    causal = swap.MECHANISMS[name].causal_too
+    layer, x = make(name, case, causal), tokens()
+    mask = torch.ones(2, LENGTH, dtype=torch.bool)
+    mask[:, 9:] = False
+    other = x.clone()
+    other[:, 9:] = 5.0
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x, mask=mask)[:, :9], layer(other, mask=mask)[:, :9], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name,case", ALL)
+def test_gradients(name: str, case: Case):
+    layer, x = make(name, case, swap.MECHANISMS[name].causal_too), tokens(1, 5).requires_grad_()
+    weight = tokens(1, 5, seed=9)
+    (grad,) = torch.autograd.grad((layer(x) * weight).sum(), x)
+    step, direction = 1e-6, tokens(1, 5, seed=3)
+    with torch.no_grad():
+        ahead, behind = ((layer(x + sign * step * direction) * weight).sum() for sign in (1, -1))
+    assert (grad * direction).sum().item() == pytest.approx(((ahead - behind) / (2 * step)).item(), rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("name,case", ALL)
+def test_counts_its_parameters(name: str, case: Case):
+    if case.formula is None:
+        pytest.skip("the paper gives no formula")
+    layer = make(name, case, swap.MECHANISMS[name].causal_too)
+    assert layer.parameter_count == case.formula(DIM, HEADS, layer.kv_heads, layer.head_dim)
+
+
+@pytest.mark.parametrize("name,case", ALL)
+def test_flops_grow_with_the_length(name: str, case: Case):
+    layer = make(name, case, swap.MECHANISMS[name].causal_too)
+    assert 0 < layer.flops(64) < layer.flops(128)
+
+
+@pytest.mark.parametrize("name,case", READABLE)
+def test_readings_leave_it_as_it_is(name: str, case: Case):
+    layer, x = make(name, case, swap.MECHANISMS[name].causal_too), tokens()
+    with torch.no_grad():
+        plain = layer(x)
+        with attend(layer, [Map(), Entropy()]) as run:
+            torch.testing.assert_close(layer(x), plain, rtol=0, atol=1e-12)
+    assert run.paths
+
+
+@pytest.mark.parametrize("name,case", CROSS)
+def test_attends_to_a_context(name: str, case: Case):
+    layer, x, context = make(name, case, causal=False), tokens(2, 5), tokens(2, 9, seed=4)
+    out = layer(x, context=context)
+    assert out.shape == x.shape
+    assert not torch.allclose(out, layer(x, context=context.flip(0)))
+
+
+@pytest.mark.parametrize("name,case", ALL)
+def test_survives_a_copy_and_a_state_dict(name: str, case: Case):
+    causal = swap.MECHANISMS[name].causal_too
+    layer, x = make(name, case, causal), tokens()
+    other = make(name, case, causal, seed=7)
+    other.load_state_dict(copy.deepcopy(layer).state_dict())
+    with torch.no_grad():
+        assert torch.equal(other(x), layer(x))
+
+
+def test_bad_sizes_are_refused_by_name():
+    with pytest.raises(HeadwiseError, match=r"heads a multiple of kv_heads; got dim=32, heads=4, kv_heads=3"):
+        swap.Attention(32, 4, 3)
+    with pytest.raises(HeadwiseError, match=r"dim 30 is no multiple of 4 heads"):
+        swap.Attention(30, 4)
+    with pytest.raises(HeadwiseError, match=r"mechanism: one of attention.*got 'unknown'"):
+        swap.make("unknown", 32, 4)
+    with pytest.raises(HeadwiseError, match=r"mask wants bools"):
+        swap.Attention(32, 4)(tokens().float(), mask=torch.zeros(2, LENGTH))
+    with pytest.raises(HeadwiseError, match=r"a cache is for causal mechanisms"):
+        swap.Attention(32, 4)(tokens().float(), cache=swap.Cache())
