@@ -1,4 +1,4 @@
-"""What every mechanism is tested with: its own settings on a small size. A mechanism that is not here fails the tests."""
+"""What every mechanism is tested with: its settings at a small size. One that is not here fails the tests."""
 
 from __future__ import annotations
 

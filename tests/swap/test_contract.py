@@ -25,7 +25,7 @@ def test_every_mechanism_is_tested():
 @pytest.mark.parametrize("name", swap.MECHANISMS)
 def test_says_what_it_is(name: str):
     kind = swap.MECHANISMS[name]
-    assert kind.what and kind.paper.title and kind.paper.arxiv and kind.__doc__
+    assert all((kind.what, kind.paper.title, kind.paper.arxiv, kind.__doc__))
 
 
 @pytest.mark.parametrize("name,case", CAUSAL)

@@ -1,6 +1,6 @@
 """Small models around any mechanism: a decoder, an encoder and an image model, pre-norm, for training in minutes.
 
-    model = Decoder(lambda layer: swap.Attention(64, 4, causal=True, position=swap.Rope()), vocabulary=65, dim=64, layers=2)
+    model = Decoder(lambda layer: swap.Attention(64, 4, causal=True), vocabulary=65, dim=64, layers=2)
     out = model(input_ids=ids, labels=ids)      # .loss with the mechanisms' own losses in it, .logits, .nll without
 
 `matched` widens or narrows the feed-forward part so that models with different mechanisms have equally many parameters.
@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
