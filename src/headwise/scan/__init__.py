@@ -13,6 +13,7 @@ from headwise.scan.clustering import behaviours, head_distance, head_map, layer_
 from headwise.scan.cmr import cmr_fit, cmr_table
 from headwise.scan.collapse import collapse_curves, mixing_bound
 from headwise.scan.comparison import Comparison, compare
+from headwise.scan.contextual_heads import ContextualHeads
 from headwise.scan.copying import CopyHeads
 from headwise.scan.dependence import InputDependence
 from headwise.scan.distance import Distance
@@ -81,6 +82,7 @@ __all__ = [
     "Column",
     "Comparison",
     "Concentration",
+    "ContextualHeads",
     "CopyHeads",
     "Distance",
     "DistanceBias",

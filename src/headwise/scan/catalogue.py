@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from headwise.scan.basin import AttentionBasin
+from headwise.scan.contextual_heads import ContextualHeads
 from headwise.scan.copying import CopyHeads
 from headwise.scan.dependence import InputDependence
 from headwise.scan.distance import Distance
@@ -60,6 +61,7 @@ MORE: tuple[type[Question], ...] = (
     LongContextHeads,
     DistanceBias,
     AttentionBasin,
+    ContextualHeads,
     ReferenceFrames,
     SecondarySinks,
     SinkAnatomy,
