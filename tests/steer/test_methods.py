@@ -59,6 +59,7 @@ ACTIVE = {
     "ConceptHeads": steer.ConceptHeads(((0, 1),)),
     "ForceAttention": steer.ForceAttention((2, 5), queries="last"),
     "Knockout": steer.Knockout("span", queries="last"),
+    "PatternMask": steer.PatternMask("previous", heads=((0, 1),)),
     "ScaleHeads": steer.ScaleHeads(heads=((0, 1),), gain=-1.0),
 }
 

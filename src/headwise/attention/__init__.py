@@ -1,6 +1,6 @@
 """The core: one attention call, declared, read, edited, and lowered to the cheapest exact path."""
 
-from headwise.attention.edits import Blend, Edit, HeadGain, Rebase, Reweight, ScoreBias, ScoreMap, Shift
+from headwise.attention.edits import Blend, Edit, HeadGain, KeyRule, Rebase, Reweight, ScoreBias, ScoreMap, Shift
 from headwise.attention.engine import force_path
 from headwise.attention.readings import (
     At,
@@ -29,6 +29,7 @@ __all__ = [
     "HeadGain",
     "HeadOutput",
     "Inputs",
+    "KeyRule",
     "LogSumExp",
     "Map",
     "Mass",

@@ -5,9 +5,11 @@
 """
 
 from headwise.steer.act import ACT
+from headwise.steer.attention_buckets import AttentionBuckets
 from headwise.steer.attn_rank import FlattenBasin, attn_rank, rerank
 from headwise.steer.catalogue import METHODS
 from headwise.steer.choices import Choice, accuracy, option_entropy, option_logprobs
+from headwise.steer.choose_buckets import choose_buckets
 from headwise.steer.concept_heads import ConceptHeads, concept_scores, concept_tokens
 from headwise.steer.emphasis import Emphasis
 from headwise.steer.first_token import first_token_leverage, first_token_slopes
@@ -17,6 +19,7 @@ from headwise.steer.found_in_the_middle import FoundInTheMiddle, place_attention
 from headwise.steer.head_pursuit import head_pursuit, head_rows, logit_lens, unembedding
 from headwise.steer.knockout import Knockout
 from headwise.steer.method import Method, apply
+from headwise.steer.pattern_mask import MatchingTokens, PatternMask
 from headwise.steer.prompts import mark_last
 from headwise.steer.pursuit import Pursuit, somp
 from headwise.steer.recipe import Recipe
@@ -29,6 +32,7 @@ from headwise.steer.zero_tuning import ZeroTuning
 __all__ = [
     "ACT",
     "METHODS",
+    "AttentionBuckets",
     "Choice",
     "ConceptHeads",
     "Emphasis",
@@ -38,7 +42,9 @@ __all__ = [
     "ForceAttention",
     "FoundInTheMiddle",
     "Knockout",
+    "MatchingTokens",
     "Method",
+    "PatternMask",
     "Pursuit",
     "Recipe",
     "ScaleHeads",
@@ -49,6 +55,7 @@ __all__ = [
     "accuracy",
     "apply",
     "attn_rank",
+    "choose_buckets",
     "concept_scores",
     "concept_tokens",
     "first_token_leverage",

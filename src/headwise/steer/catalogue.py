@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from headwise.errors import HeadwiseError
 from headwise.steer.act import ACT
+from headwise.steer.attention_buckets import AttentionBuckets
 from headwise.steer.attn_rank import FlattenBasin
 from headwise.steer.concept_heads import ConceptHeads
 from headwise.steer.emphasis import Emphasis
@@ -12,6 +13,7 @@ from headwise.steer.force_attention import ForceAttention
 from headwise.steer.found_in_the_middle import FoundInTheMiddle
 from headwise.steer.knockout import Knockout
 from headwise.steer.method import Method
+from headwise.steer.pattern_mask import PatternMask
 from headwise.steer.scale_heads import ScaleHeads
 from headwise.steer.soft_injection import SoftInjection
 from headwise.steer.split_softmax import SplitSoftmax
@@ -26,11 +28,13 @@ METHODS: tuple[type[Method], ...] = (
     FocusDirections,
     FoundInTheMiddle,
     FlattenBasin,
+    AttentionBuckets,
     ACT,
     ForceAttention,
     SoftInjection,
     ConceptHeads,
     Knockout,
+    PatternMask,
     ScaleHeads,
 )
 

@@ -15,14 +15,16 @@ from headwise.errors import HeadwiseError
 from headwise.models import Opened
 from headwise.paper import Paper
 from headwise.steer.method import Heads, Method, pairs
+from headwise.steer.pattern_mask import Keys, any_keys
 
 
 @dataclass(frozen=True)
 class Emphasis(Method):
-    """PASTA: scales the attention to all tokens outside of `segment` by `alpha` and renormalises. Any mask can be given
-    as a segment (`Segments.from_characters`, `from_spans`)."""
+    """PASTA: scales the attention to all tokens outside of `segment` by `alpha` and renormalises. `segment` may be any
+    form of mask: a segment's name (`Segments.from_characters`), a relative one ("window:8", "same"), bools over keys,
+    or a rule `(b, h, i, j)` of query and key."""
 
-    segment: str = "emphasis"
+    segment: Keys = "emphasis"
     alpha: float = 0.01
     heads: Heads = None
     queries: str | None = None
@@ -39,4 +41,4 @@ class Emphasis(Method):
         if self.alpha == 1:
             return []
         value = -math.log(self.alpha)
-        return [ScoreBias(value, keys=self.segment, queries=self.queries, heads=pairs(self.heads, opened))]
+        return [ScoreBias(value, keys=any_keys(self.segment), queries=self.queries, heads=pairs(self.heads, opened))]

@@ -15,16 +15,18 @@ from headwise.errors import HeadwiseError
 from headwise.models import Opened
 from headwise.paper import Paper
 from headwise.steer.method import Heads, Method, pairs
+from headwise.steer.pattern_mask import Keys, any_keys
 
 
 @dataclass(frozen=True)
 class Knockout(Method):
     """Cuts the attention from queries of `queries` (None: all) to keys of `keys`, in some layers or heads (None: all).
 
-    A query that is left with no key at all writes nothing."""
+    Both may be several segments, so that all edges between them are cut; keys may also be bools over keys, or a rule
+    `(b, h, i, j)` that names the edges one by one. A query that is left with no key at all writes nothing."""
 
-    keys: str
-    queries: str | None = None
+    keys: Keys | tuple[str, ...]
+    queries: str | tuple[str, ...] | None = None
     layers: Sequence[int] | None = None
     heads: Heads = None
     what: ClassVar[str] = "no attention from one segment to another"
@@ -35,8 +37,14 @@ class Knockout(Method):
     def __post_init__(self) -> None:
         if self.layers is not None and self.heads is not None:
             raise HeadwiseError("Knockout: give layers= or heads=, not both.")
+        if any(isinstance(names, tuple) and not names for names in (self.keys, self.queries)):
+            raise HeadwiseError("Knockout: keys= and queries= must name at least one segment each.")
 
     def edits(self, opened: Opened) -> list[Edit]:
         chosen = pairs(self.heads, opened)
         layers = None if self.layers is None else tuple(self.layers)
-        return [ScoreBias(-math.inf, keys=self.keys, queries=self.queries, layer=layers, heads=chosen)]
+        keys = self.keys if isinstance(self.keys, tuple) else (self.keys,)
+        queries = self.queries if isinstance(self.queries, tuple) else (self.queries,)
+        return [
+            ScoreBias(-math.inf, keys=any_keys(k), queries=q, layer=layers, heads=chosen) for k in keys for q in queries
+        ]
