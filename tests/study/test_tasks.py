@@ -66,6 +66,14 @@ def test_sentiment_has_as_many_shots_as_asked() -> None:
         assert any(word in example.prompt[start:stop] for word in words)
 
 
+def test_the_topic_is_that_of_the_word() -> None:
+    for example in tasks.topic(0, 8, shots=2):
+        assert example.prompt.count("Topic:") == 3
+        start, stop = example.spans["sentence"]
+        words = tasks.TOPICS[example.options[example.gold]]
+        assert any(word in example.prompt[start:stop] for word in words)
+
+
 def test_segments_name_the_parts_and_the_last_token(opened: Opened) -> None:
     [example] = tasks.documents(0, 1, items=3)
     segments = example.segments(opened)

@@ -47,6 +47,18 @@ OBJECTS = ("cup", "pen", "ball", "hat", "box", "bag", "plate", "lamp", "coat", "
 GOOD = ("wonderful", "excellent", "brilliant", "charming", "superb", "delightful", "great", "lovely")
 BAD = ("terrible", "awful", "boring", "dreadful", "poor", "horrible", "dull", "weak")
 THINGS = ("film", "book", "meal", "song", "hotel", "game", "play", "story")
+TOPICS = {
+    " sport": ("goal", "match", "referee", "stadium", "racket", "marathon", "coach", "penalty"),
+    " food": ("soup", "recipe", "oven", "sauce", "bakery", "onion", "dessert", "kitchen"),
+    " music": ("violin", "choir", "melody", "drummer", "concert", "rhythm", "piano", "singer"),
+    " money": ("loan", "bank", "salary", "tax", "invoice", "savings", "budget", "rent"),
+}
+SPOKEN = (
+    "They talked about the {word} all evening.",
+    "The {word} was better than we had hoped.",
+    "She wrote a long letter about the {word}.",
+    "Nobody had expected such a {word}.",
+)
 FRAMES = (
     "The {thing} was {word}.",
     "What a {word} {thing}.",
@@ -135,6 +147,25 @@ def sentiment(seed: int, count: int, shots: int = 0) -> list[Example]:
     return found
 
 
+def topic(seed: int, count: int, shots: int = 0) -> list[Example]:
+    """Which of four topics is a sentence about, after `shots` examples. Segments "shots", "sentence"."""
+    rng = np.random.default_rng(seed)
+    labels = tuple(TOPICS)
+
+    def one() -> tuple[str, int]:
+        gold = int(rng.integers(len(labels)))
+        return str(rng.choice(SPOKEN)).format(word=rng.choice(TOPICS[labels[gold]])), gold
+
+    found = []
+    for _ in range(count):
+        before = "".join(f"Text: {s}\nTopic:{labels[g]}\n\n" for s, g in (one() for _ in range(shots)))
+        sentence, gold = one()
+        start = len(before) + len("Text: ")
+        spans = {"sentence": (start, start + len(sentence))} | ({"shots": (0, len(before))} if before else {})
+        found.append(Example(f"{before}Text: {sentence}\nTopic:", labels, gold, spans))
+    return found
+
+
 def ioi(seed: int, count: int) -> list[Example]:
     """Who is given the thing: "When A and B went to the store, B gave a drink to" A. Segments "giver", "receiver"."""
     rng = np.random.default_rng(seed)
@@ -184,4 +215,4 @@ def _check(items: int, least: int, most: int) -> None:
         raise HeadwiseError(f"items: wanted {least} to {most}; got {items}.")
 
 
-TASKS: Sequence = (documents, key_values, sentiment, ioi, coloured_objects)
+TASKS: Sequence = (documents, key_values, sentiment, topic, ioi, coloured_objects)
