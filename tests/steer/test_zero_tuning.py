@@ -38,11 +38,15 @@ def test_accuracy_and_entropy(opened: Opened) -> None:
     assert steer.accuracy(opened, EXAMPLES) == sum(right) / 3
     p = torch.stack([steer.option_logprobs(opened, EXAMPLES[0]).softmax(-1)]).double()
     assert steer.option_entropy(opened, EXAMPLES[:1]) == pytest.approx(float(-(p * p.log()).sum()), abs=1e-5)
+    gold = [float(steer.option_logprobs(opened, e).log_softmax(-1)[e.gold]) for e in EXAMPLES]
+    assert steer.choices.likelihood(opened, EXAMPLES) == pytest.approx(sum(gold) / 3, abs=1e-4)
+    with pytest.raises(hw.HeadwiseError, match="gold is known"):
+        steer.choices.likelihood(opened, [steer.Choice("a", (" b", " c"))])
     with pytest.raises(hw.HeadwiseError, match="gold is known"):
         steer.accuracy(opened, [steer.Choice("a", (" b", " c"))])
 
 
-@pytest.mark.parametrize("mode", ["labels", "entropy"])
+@pytest.mark.parametrize("mode", ["accuracy", "likelihood", "entropy"])
 def test_calibration_is_never_worse_than_the_plain_model_on_its_examples(opened: Opened, mode: str) -> None:
     tuned = steer.ZeroTuning().calibrate(opened, EXAMPLES, mode=mode, grid=(0.25, 1.0, 4.0))
     score = tuned.scorer(opened, EXAMPLES, mode)
@@ -58,7 +62,7 @@ def test_prompts_that_share_a_pass_are_scored_as_alone(opened: Opened) -> None:
         torch.testing.assert_close(found, steer.option_logprobs(opened, example), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("mode", ["labels", "entropy"])
+@pytest.mark.parametrize("mode", ["likelihood", "entropy"])
 def test_slopes_are_those_of_the_gain(mode: str) -> None:
     opened = llama()
     opened.model.double()
@@ -68,7 +72,7 @@ def test_slopes_are_those_of_the_gain(mode: str) -> None:
         method = steer.TokenScale(gain=math.exp(log_gain), heads=[pair])
         with steer.apply(opened, method):
             logs = [steer.option_logprobs(opened, e).log_softmax(-1) for e in EXAMPLES]
-        if mode == "labels":
+        if mode == "likelihood":
             return sum(float(p[e.gold]) for p, e in zip(logs, EXAMPLES, strict=True)) / len(EXAMPLES)
         return sum(float((p.exp() * p).sum()) for p in logs) / len(EXAMPLES)
 

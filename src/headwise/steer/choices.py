@@ -93,6 +93,14 @@ def accuracy(opened: Opened, examples: Sequence[Choice]) -> float:
     return sum(int(p.argmax()) == e.gold for p, e in zip(found, examples, strict=True)) / len(examples)
 
 
+def likelihood(opened: Opened, examples: Sequence[Choice]) -> float:
+    """Mean log-probability (nats) of the right option among the options."""
+    if not examples or any(example.gold is None for example in examples):
+        raise HeadwiseError("examples: wanted one or more Choices whose gold is known.")
+    found = many_logprobs(opened, examples)
+    return sum(float(p.log_softmax(-1)[e.gold]) for p, e in zip(found, examples, strict=True)) / len(examples)
+
+
 def option_entropy(opened: Opened, examples: Sequence[Choice]) -> float:
     """Mean entropy (nats) of the options' probabilities, renormalised over the options; needs no gold."""
     if not examples:

@@ -5,9 +5,10 @@
 2. The stronger type (the larger sum of improvements) is kept, and of it the best share of heads.
 3. One common gain for them is searched on a grid.
 
-The score is the accuracy on labelled examples, or with `mode="entropy"` minus the mean entropy of the answer, which
-needs no labels. Step 1 may be had from one pass back instead (ours): a head is up- or down-effective by the sign of the
-score's slope at gain 1 (for labels the slope of the right answer's log-probability, as accuracy has none).
+The score is the accuracy on labelled examples, with `mode="likelihood"` the log-probability of their right answers
+(less noise from few examples), or with `mode="entropy"` minus the mean entropy of the answer, which needs no labels.
+Step 1 may be had from one pass back instead (ours): a head is up- or down-effective by the sign of the score's slope at
+gain 1 (for accuracy, which has none, that of the log-probability).
 """
 
 from __future__ import annotations
@@ -23,13 +24,19 @@ from torch import Tensor
 
 from headwise.errors import HeadwiseError
 from headwise.models import Opened
-from headwise.steer.choices import Choice, accuracy, option_entropy, scored
+from headwise.steer.choices import Choice, accuracy, likelihood, option_entropy, scored
 from headwise.steer.first_token import first_token_slopes
 from headwise.steer.method import apply, every_head
 from headwise.steer.token_scale import TokenScale
 
 GRID = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0)
 PROBES = (0.6, 1.5)
+Mode = Literal["accuracy", "likelihood", "entropy"]
+SCORES: dict[str, Callable[[Opened, Sequence[Choice]], float]] = {
+    "accuracy": accuracy,
+    "likelihood": likelihood,
+    "entropy": lambda opened, examples: -option_entropy(opened, examples),
+}
 
 
 @dataclass(frozen=True)
@@ -41,7 +48,7 @@ class ZeroTuning(TokenScale):
         self,
         opened: Opened,
         examples: Sequence[Choice],
-        mode: Literal["labels", "entropy"] = "labels",
+        mode: Mode = "accuracy",
         per: Literal["index", "head"] = "index",
         share: float = 0.5,
         grid: Sequence[float] = GRID,
@@ -50,8 +57,8 @@ class ZeroTuning(TokenScale):
         """A copy with heads and gain set. `per="index"` takes a head number in all layers as one (the paper's way),
         `per="head"` every (layer, head) by itself, which costs as many times more with `probe="runs"` and nothing more
         with `probe="gradient"`. `share` of the heads are kept."""
-        if mode not in ("labels", "entropy"):
-            raise HeadwiseError(f'mode: wanted "labels" or "entropy"; got {mode!r}.')
+        if mode not in SCORES:
+            raise HeadwiseError(f"mode: wanted one of {', '.join(SCORES)}; got {mode!r}.")
         if per not in ("index", "head"):
             raise HeadwiseError(f'per: wanted "index" or "head"; got {per!r}.')
         if probe not in ("runs", "gradient"):
@@ -83,30 +90,32 @@ class ZeroTuning(TokenScale):
         return replace(tuned, gain=max(curve, key=lambda g: (curve[g], -abs(g - 1))))
 
     def curve(
-        self, opened: Opened, examples: Sequence[Choice], mode: str = "labels", grid: Sequence[float] = GRID
+        self, opened: Opened, examples: Sequence[Choice], mode: Mode = "accuracy", grid: Sequence[float] = GRID
     ) -> dict[float, float]:
         """The score at every gain of the grid, with these heads."""
         score = self.scorer(opened, examples, mode)
         return {gain: score(replace(self, gain=gain)) for gain in grid}
 
-    def slopes(self, opened: Opened, examples: Sequence[Choice], mode: str = "labels") -> Float[Tensor, "layer head"]:
+    def slopes(
+        self, opened: Opened, examples: Sequence[Choice], mode: Mode = "accuracy"
+    ) -> Float[Tensor, "layer head"]:
         """The slope of the mean log-probability of the right option among all (nats; with "entropy" of minus the
         options' entropy) by the log of each head's gain, at gain 1."""
-        if not examples or (mode == "labels" and any(example.gold is None for example in examples)):
-            raise HeadwiseError("examples: wanted one or more Choices, for labels with their gold.")
+        if not examples or (mode != "entropy" and any(example.gold is None for example in examples)):
+            raise HeadwiseError("examples: wanted one or more Choices, with their gold unless mode is entropy.")
 
         def measure(example: Choice) -> Tensor:
             logp = scored(opened, example).log_softmax(-1)
-            return logp[example.gold] if mode == "labels" else (logp.exp() * logp).sum()
+            return (logp.exp() * logp).sum() if mode == "entropy" else logp[example.gold]
 
         found = [first_token_slopes(opened, partial(measure, example)) for example in examples]
         return torch.stack(found).mean(0)
 
-    def scorer(self, opened: Opened, examples: Sequence[Choice], mode: str) -> Callable[[Self], float]:
+    def scorer(self, opened: Opened, examples: Sequence[Choice], mode: Mode) -> Callable[[Self], float]:
         """What a setting is worth on the examples; higher is better."""
 
         def score(method: Self) -> float:
             with apply(opened, method):
-                return accuracy(opened, examples) if mode == "labels" else -option_entropy(opened, examples)
+                return SCORES[mode](opened, examples)
 
         return score
