@@ -7,7 +7,7 @@ that does arithmetic on it gets the real mask, in the form its own back end woul
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -64,6 +64,19 @@ class Carrier(torch.Tensor):
             args = torch.utils._pytree.tree_map_only(Carrier, lambda c: c.spec.real(), args)
             kwargs = torch.utils._pytree.tree_map_only(Carrier, lambda c: c.spec.real(), kwargs or {})
             return func(*args, **kwargs)
+
+    def repeated(self, times: int) -> Carrier:
+        """The mask of a batch that holds every sample so many times, one after the other."""
+        spec, rule = self.spec, self.spec.mask.rule
+
+        def many(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x.repeat_interleave(times, 0)
+
+        mask = replace(spec.mask, key_valid=many(spec.mask.key_valid), batch=times * spec.mask.batch, _cache={})
+        if rule is not None:
+            mask.rule = lambda b, h, i, j: rule(b // times, h, i, j)
+        larger = Spec(mask, spec.offset, spec.j0, lambda: spec.real().repeat_interleave(times, 0), many(spec.padding))
+        return Carrier.of(larger, (times * self.shape[0], *self.shape[1:]), self.device, self.dtype)
 
     def __repr__(self) -> str:  # type: ignore[override]
         with torch._C.DisableTorchFunctionSubclass():

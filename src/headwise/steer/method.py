@@ -77,9 +77,10 @@ def apply(
             raise HeadwiseError(f"apply: {method.name} needs {reason}; {opened.name} does not have that.")
         edits += method.edits(opened)
     with ExitStack() as stack:
+        run = stack.enter_context(attend(opened, edits=edits, segments=segments))
         for method in methods:
             stack.enter_context(method.hooks(opened))
-        yield stack.enter_context(attend(opened, edits=edits, segments=segments))
+        yield run
 
 
 def pairs(heads: Heads, opened: Opened) -> list[tuple[int, int]] | None:
