@@ -1,15 +1,18 @@
 """Task generators and the evaluation: spans that say what they name, numbers that are the model's own."""
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from tests.scan.models import llama
 
 import headwise as hw
 from headwise import steer
 from headwise.models import Opened
 from headwise.study import tasks
-from headwise.study.evaluate import difference, evaluate, perplexity
+from headwise.study.evaluate import difference, evaluate, perplexity, place_curve, scores
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +99,49 @@ def test_evaluation_compares_the_same_examples(opened: Opened) -> None:
     np.testing.assert_allclose(table[table["setting"] == "plain"]["logp"], wanted, atol=1e-6)
 
 
+def test_options_of_several_tokens_are_steered_to_their_end(opened: Opened) -> None:
+    [example] = tasks.ioi(0, 1)
+    longer = replace(example, options=(" the family was", " a man of large fortune"))
+    method = steer.Emphasis("receiver", alpha=0.01)
+    found = scores(opened, longer, [method])
+    for option, score in zip(longer.options, found, strict=True):
+        text = opened.encode(longer.prompt + option)["input_ids"]
+        start = opened.encode(longer.prompt)["input_ids"].shape[1]
+        with steer.apply(opened, method, segments=longer.segments(opened).extend(text.shape[1])), torch.no_grad():
+            chances = opened.model(text).logits[0].log_softmax(-1)
+        wanted = sum(chances[n - 1, text[0, n]] for n in range(start, text.shape[1]))
+        assert score == pytest.approx(wanted.item(), abs=1e-4)
+    assert (found - scores(opened, longer)).abs().min() > 1e-3
+
+
+def test_a_score_per_byte_does_not_favour_short_options(opened: Opened) -> None:
+    example = replace(
+        tasks.ioi(0, 1)[0], options=(" the", " the family was so much pleased with a man of large fortune")
+    )
+    whole, each = (evaluate(opened, [replace(example, gold=1)], {}, per=per) for per in ("option", "byte"))
+    assert whole["right"].item() == 0
+    assert each["logp"].item() == pytest.approx(whole["logp"].item() / len(example.options[1]))
+    assert each["right"].item() == 1
+
+
+def test_the_curve_over_places_is_the_mean_at_each() -> None:
+    rng = np.random.default_rng(0)
+    rows = [
+        {"setting": s, "example": n, "place": n % 3, "logp": rng.normal(n % 3, 0.1)}
+        for n in range(60)
+        for s in ("plain", "more")
+    ]
+    curve = place_curve(pd.DataFrame(rows)).set_index(["setting", "place"])
+    for place in range(3):
+        row = curve.loc["plain", place]
+        wanted = np.mean([r["logp"] for r in rows if r["place"] == place and r["setting"] == "plain"])
+        assert row["mean"] == pytest.approx(wanted)
+        assert row["low"] < wanted < row["high"]
+        assert row["count"] == 20
+    with pytest.raises(hw.HeadwiseError, match="has a place"):
+        place_curve(pd.DataFrame([{"setting": "plain", "example": 0, "place": None, "logp": 0.0}]))
+
+
 def test_the_interval_of_a_known_change() -> None:
     rng = np.random.default_rng(0)
     change = rng.normal(1.0, 0.5, 400)
@@ -117,6 +163,7 @@ def test_bad_input(opened: Opened) -> None:
         (lambda: tasks.documents(0, 1, items=1), "items"),
         (lambda: evaluate(opened, [], {}), "examples"),
         (lambda: evaluate(opened, tasks.ioi(0, 1), {"plain": []}), "plain"),
+        (lambda: evaluate(opened, tasks.ioi(0, 1), {}, per="token"), "per"),
         (lambda: perplexity(opened, "the family"), "length"),
         (lambda: difference(pd.DataFrame([{"setting": "plain", "example": 0, "logp": 0.0}]), "b"), "no setting 'b'"),
     ):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
-from headwise.cli.console import hush, out, print_json
+from headwise.cli.console import err, hush, out, print_json
+from headwise.errors import HeadwiseError
 
 if TYPE_CHECKING:
     from headwise.study import Finding, Study
@@ -54,6 +56,49 @@ def show_study(name: Annotated[str, typer.Argument(help="A name from `headwise s
 
     study = get(name)
     _print(study, study.finding)
+
+
+@app.command("evaluate")
+def evaluate_steered(
+    model: Annotated[str, typer.Argument(help="zoo:llm, a hub id, a folder or a GGUF file.")],
+    task: Annotated[str, typer.Option(help="documents, key_values, sentiment, ioi or coloured_objects.")] = "documents",
+    steer: Annotated[Path | None, typer.Option(help="A recipe that `headwise steer try --save` wrote.")] = None,
+    count: Annotated[int, typer.Option(min=2, help="How many examples.")] = 40,
+    seed: Annotated[int, typer.Option(help="Another seed makes other examples.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Answer a task plain and steered: accuracy, log-probability of the right answer, and the change of each."""
+    hush()
+    import headwise as hw
+    from headwise.study import tasks
+    from headwise.study.evaluate import PLAIN, difference, evaluate, interval
+
+    made = {make.__name__: make for make in tasks.TASKS}
+    if task not in made:
+        raise HeadwiseError(f"--task {task}: wanted one of {', '.join(made)}.")
+    recipe = None if steer is None else hw.steer.Recipe.load(steer)
+    with err.status(f"opening {model}"):
+        opened = hw.open_model(model)
+    if recipe is not None:
+        recipe.check(opened)
+    with err.status(f"answering {count} examples of {task}"):
+        found = evaluate(opened, made[task](seed, count), {} if recipe is None else {"steered": recipe.methods})
+    rows = []
+    for setting, group in found.groupby("setting", sort=False):
+        for measure in ("right", "logp"):
+            change = None if setting == PLAIN else difference(found, str(setting), measure)._asdict()
+            mean = interval(group[measure].to_numpy())._asdict()
+            rows.append({"setting": setting, "measure": measure, **mean, "change": change})
+    if as_json:
+        return print_json(rows)
+    table = Table("", "measure", "mean (95%)", "change (95%)")
+    for row in rows:
+        table.add_row(row["setting"], row["measure"], _spread(row), _spread(row["change"]) if row["change"] else "")
+    out.print(table)
+
+
+def _spread(found: dict[str, float]) -> str:
+    return f"{found['mean']:.3f} ({found['low']:.3f} to {found['high']:.3f})"
 
 
 def _print(study: Study, finding: Finding | None) -> None:

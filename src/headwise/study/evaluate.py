@@ -2,16 +2,19 @@
 
 table = evaluate(opened, tasks.documents(seed=0, count=40), {"emphasis": lambda e: [steer.Emphasis("document 3")]})
 difference(table, "emphasis", "logp")       # mean change with its 95% interval, over the same examples
+place_curve(table)                          # by the place of the gold document
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from headwise.errors import HeadwiseError
 from headwise.models import Opened
@@ -21,27 +24,31 @@ from headwise.study.tasks import Example
 PLAIN = "plain"
 Setting = Callable[[Example], Sequence[Method]]
 """The methods for an example: the same for all, or made ready for its prompt."""
+DRAWS = 2000
 
 
 def evaluate(
-    opened: Opened, examples: Sequence[Example], settings: Mapping[str, Setting | Sequence[Method]]
+    opened: Opened,
+    examples: Sequence[Example],
+    settings: Mapping[str, Setting | Sequence[Method]],
+    per: Literal["option", "byte"] = "option",
 ) -> pd.DataFrame:
-    """A row per example and setting ("plain" is always there): `right` (the gold option is the most probable), `logp`
-    (log-probability of the gold option, nats), `share` (its probability among the options), `place`."""
+    """A row per example and setting ("plain" is always there): `right` (the gold option scores highest), `logp`
+    (log-probability of the gold option, nats), `share` (its probability among the options), `place`.
+
+    An option's score is the log-probability of all of its tokens; `per="byte"` divides it by the option's length in
+    bytes, so that long answers are not at a disadvantage: the `acc_norm` of lm-eval. Then `logp` is per byte too."""
     if not examples or PLAIN in settings:
         raise HeadwiseError('evaluate wants examples, and settings of other names than "plain".')
+    if per not in ("option", "byte"):
+        raise HeadwiseError(f'per: wanted "option" or "byte"; got {per!r}.')
     rows = []
     for number, example in enumerate(examples):
         if example.gold is None:
             raise HeadwiseError("evaluate wants examples whose gold is known.")
-        segments = example.segments(opened)
+        length = torch.tensor([1 if per == "option" else len(option.encode()) for option in example.options])
         for name, setting in {PLAIN: (), **settings}.items():
-            methods = setting(example) if callable(setting) else setting
-            if methods:
-                with apply(opened, *methods, segments=segments):
-                    found = option_logprobs(opened, example)
-            else:
-                found = option_logprobs(opened, example)
+            found = scores(opened, example, setting(example) if callable(setting) else setting).cpu() / length
             rows.append(
                 {
                     "setting": name,
@@ -55,6 +62,27 @@ def evaluate(
     return pd.DataFrame(rows)
 
 
+def scores(opened: Opened, example: Example, methods: Sequence[Method] = ()) -> Float[Tensor, " option"]:
+    """Log-probability of each option under the methods, which may speak of the example's segments. The tokens of an
+    option, where it has several, are "generated"."""
+    if not methods:
+        return option_logprobs(opened, example)
+    segments = example.segments(opened)
+    prompt = opened.encode(example.prompt)["input_ids"][0]
+    texts = [opened.encode(example.prompt + option)["input_ids"][0] for option in example.options]
+    if all(len(text) == len(prompt) + 1 for text in texts):
+        with apply(opened, *methods, segments=segments):
+            return option_logprobs(opened, example)
+    found = []
+    for text in texts:
+        # An option may change how the prompt's last token is cut: what is shared is the context.
+        shared = int((text[: len(prompt)] == prompt[: len(text)]).long().cumprod(0).sum())
+        with apply(opened, *methods, segments=segments.extend(len(text))), torch.no_grad():
+            chances = opened.model(input_ids=text[None]).logits[0, shared - 1 : -1].float().log_softmax(-1)
+        found.append(chances.gather(-1, text[shared:, None]).sum())
+    return torch.stack(found)
+
+
 class Difference(NamedTuple):
     mean: float
     low: float
@@ -62,18 +90,36 @@ class Difference(NamedTuple):
 
 
 def difference(
-    table: pd.DataFrame, setting: str, measure: str = "logp", against: str = PLAIN, draws: int = 2000, seed: int = 0
+    table: pd.DataFrame, setting: str, measure: str = "logp", against: str = PLAIN, draws: int = DRAWS, seed: int = 0
 ) -> Difference:
     """The mean change of a measure over the same examples, with a 95% bootstrap interval."""
     wide = table.pivot(index="example", columns="setting", values=measure)
     for name in (setting, against):
         if name not in wide:
             raise HeadwiseError(f"difference: there is no setting {name!r}; there are {', '.join(map(str, wide))}.")
-    change = (wide[setting] - wide[against]).to_numpy()
+    return interval((wide[setting] - wide[against]).to_numpy(), draws, seed)
+
+
+def interval(values: Float[np.ndarray, " example"], draws: int = DRAWS, seed: int = 0) -> Difference:
+    """A mean with its 95% bootstrap interval."""
     rng = np.random.default_rng(seed)
-    means = change[rng.integers(len(change), size=(draws, len(change)))].mean(1)
+    means = values[rng.integers(len(values), size=(draws, len(values)))].mean(1)
     low, high = np.quantile(means, [0.025, 0.975])
-    return Difference(float(change.mean()), float(low), float(high))
+    return Difference(float(values.mean()), float(low), float(high))
+
+
+def place_curve(table: pd.DataFrame, measure: str = "logp", draws: int = DRAWS, seed: int = 0) -> pd.DataFrame:
+    """A measure by setting and by the place of the gold item (0 is the first): mean, the ends of its 95% bootstrap
+    interval, and how many examples."""
+    placed = table.dropna(subset="place")
+    if placed.empty:
+        raise HeadwiseError("place_curve wants examples whose gold item has a place, such as tasks.documents makes.")
+    rows = [
+        {"setting": setting, "place": int(place), **interval(group[measure].to_numpy(), draws, seed)._asdict()}
+        | {"count": len(group)}
+        for (setting, place), group in placed.groupby(["setting", "place"], sort=True)
+    ]
+    return pd.DataFrame(rows)
 
 
 def perplexity(opened: Opened, text: str, methods: Sequence[Method] = (), length: int = 256, windows: int = 4) -> float:

@@ -43,7 +43,9 @@ NAMES = ("Mary", "John", "Tom", "Anna", "Peter", "Sarah", "James", "Alice", "Pau
 PLACES = ("store", "park", "school", "station", "office", "garden")
 GIFTS = ("book", "drink", "ring", "letter", "key", "cake")
 COLOURS = ("red", "blue", "green", "black", "white", "brown", "pink", "orange")
-OBJECTS = ("cup", "pen", "ball", "hat", "box", "bag", "plate", "lamp", "coat", "knife")
+OBJECTS = tuple("cup pen ball hat box bag plate lamp coat knife sheet mug scarf book ring jar key".split())
+FURNITURE = ("table", "desk", "floor")
+SEEN = ("there is", "you see", "I see")
 GOOD = ("wonderful", "excellent", "brilliant", "charming", "superb", "delightful", "great", "lovely")
 BAD = ("terrible", "awful", "boring", "dreadful", "poor", "horrible", "dull", "weak")
 THINGS = ("film", "book", "meal", "song", "hotel", "game", "play", "story")
@@ -189,18 +191,15 @@ def coloured_objects(seed: int, count: int) -> list[Example]:
             colours = [str(c) for c in rng.permutation(COLOURS)[:3]]
             objects = [str(o) for o in rng.permutation(OBJECTS)[:3]]
             gold = int(rng.integers(3))
-            start = len(text) + len("Q: On the table, there is")
             spans = {}
-            listed = []
+            text += f"Q: On the {rng.choice(FURNITURE)}, {rng.choice(SEEN)}"
             for n, (colour, thing) in enumerate(zip(colours, objects, strict=True)):
-                part = f" a {colour} {thing}"
-                spans[f"colour {n + 1}"] = (start + 3, start + 3 + len(colour))
-                listed.append(part)
-                start += len(part) + (len(", and") if n == 1 else 1)
-            items = f"{listed[0]},{listed[1]}, and{listed[2]}"
-            question = f" What color is the {objects[gold]}?"
-            text += f"Q: On the table, there is{items}."
-            spans["question"] = (len(text) + 1, len(text) + len(question))
+                text += (" a ", ", a ", ", and a ")[n]
+                spans[f"colour {n + 1}"] = (len(text), len(text) + len(colour))
+                text += f"{colour} {thing}"
+            question = f"What color is the {objects[gold]}?"
+            text += ". "
+            spans["question"] = (len(text), len(text) + len(question))
             text += f"{question}\nA:" + ("" if last else f" {colours[gold].capitalize()}\n")
         found.append(Example(text, tuple(f" {c.capitalize()}" for c in colours), gold, spans, gold))
     return found
