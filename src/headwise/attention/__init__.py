@@ -1,6 +1,18 @@
 """The core: one attention call, declared, read, edited, and lowered to the cheapest exact path."""
 
-from headwise.attention.edits import Blend, Edit, HeadGain, KeyRule, Rebase, Reweight, ScoreBias, ScoreMap, Shift
+from headwise.attention.edits import (
+    Blend,
+    Edit,
+    HeadGain,
+    KeyRule,
+    Rebase,
+    Recompute,
+    Recomputed,
+    Reweight,
+    ScoreBias,
+    ScoreMap,
+    Shift,
+)
 from headwise.attention.engine import force_path
 from headwise.attention.readings import (
     At,
@@ -37,6 +49,8 @@ __all__ = [
     "Reading",
     "Rebase",
     "Received",
+    "Recompute",
+    "Recomputed",
     "Reweight",
     "Run",
     "ScoreBias",

@@ -1,12 +1,14 @@
 """What can be changed in an attention call, as data. Every edit is undone exactly on leaving `attend`.
 
-Order inside one call: Shift, Rebase (on q and k) -> scale, softcap, position bias -> ScoreMap -> ScoreBias -> mask ->
-sink column -> softmax -> Reweight -> Blend -> HeadGain. Edits of one kind apply in the order given.
+Order inside one call: Recompute, Shift, Rebase (on q and k) -> scale, softcap, position bias -> ScoreMap -> ScoreBias
+-> mask -> sink column -> softmax -> Reweight -> Blend -> HeadGain. Edits of one kind apply in the order given.
 """
+
+from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -15,6 +17,9 @@ from torch import Tensor
 from headwise.attention.readings import as_tuple
 from headwise.errors import HeadwiseError
 from headwise.models.segments import is_relative
+
+if TYPE_CHECKING:
+    from headwise.attention.call import AttentionCall
 
 OTHERS = "*"
 """In `Reweight`: the keys of no other group."""
@@ -206,6 +211,28 @@ class HeadGain(Edit):
             raise HeadwiseError(
                 f'HeadGain(gain=...) must be a number, "mean", "resample" or a tensor; got {self.gain!r}.'
             )
+
+
+class Recomputed(NamedTuple):
+    """What `rows` are computed with: None stands for the model's own."""
+
+    rows: Bool[Tensor, "#batch query"]
+    q: Float[Tensor, "batch heads query dim"] | None = None
+    k: Float[Tensor, "batch kv_heads key dim"] | None = None
+    v: Float[Tensor, "batch kv_heads key value_dim"] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Recompute(Edit):
+    """`z_i = sum_j softmax_j(scale * q'_i . k'_j) v'_j` for some queries i: computed with other queries, keys and
+    values, while the other queries see the model's own. `make(call)` says with which (None: not in this call)."""
+
+    make: Callable[[AttentionCall], Recomputed | None] = lambda call: None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not callable(self.make):
+            raise HeadwiseError(f"Recompute(make=...) must be a function of an AttentionCall; got {self.make!r}.")
 
 
 @dataclass(frozen=True, eq=False)

@@ -20,9 +20,9 @@ from torch.utils.hooks import RemovableHandle
 
 from headwise.attention.call import AttentionCall
 from headwise.attention.carrier import Carrier, carry
-from headwise.attention.engine import run_call
 from headwise.attention.function_mode import FunctionMode
 from headwise.attention.incoming import Frame, describe, past_length
+from headwise.attention.recompute import run_rows
 from headwise.attention.steps import Planner, Step
 from headwise.errors import HeadwiseError
 from headwise.models.anatomy import Site, attention_kind, find_sites, guess_stream
@@ -57,6 +57,8 @@ class Session:
         self.steps: dict[nn.Module, Step] = {}
         self.planner = Planner()
         self.busy = False
+        self.taken: list[tuple[Tensor, Tensor, Tensor]] | None = None
+        """Where what a module would attend with is put instead of attending (see `attention_inputs`)."""
         self.depth = 0
         self.stack: list[nn.Module] = []
         self.ran: set[str] = set()
@@ -171,6 +173,8 @@ class Session:
     ) -> Float[Tensor, "batch heads query value_dim"]:
         """One attention call through all open runs. `given`: what a model hands over with every call of a site, where
         the next one may be a `Step`."""
+        if self.taken is not None:
+            return self.take(call.q, call.k, call.v)
         site = call.site = self.site_of(module, call.q, call.k, call.v)
         frame = self.frame or Frame(0)
         number = frame.calls[site.name]
@@ -184,7 +188,7 @@ class Session:
         for ask in asked:
             if ask.labels is not None:
                 call.labels = ask.labels
-        result = run_call(call, edits, parts)
+        result = run_rows(call, edits, parts)
         self.reached[site.name] = how
         position = 0
         for run, ask in zip(self.runs, asked, strict=True):
@@ -193,6 +197,12 @@ class Session:
         if call.queries == 1 and frame.past and not parts and given is not None:
             self._plan(call, edits, module, given)
         return result.out
+
+    def take(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Keeps what a module would attend with, and gives it nothing."""
+        assert self.taken is not None
+        self.taken.append((q, k, v))
+        return v.new_zeros(*q.shape[:3], v.shape[3])
 
     def _plan(self, call: AttentionCall, edits: list, module: nn.Module, given: dict[str, Any]) -> None:
         """The next tokens of this site can go a quicker way, if there is one."""
@@ -291,6 +301,8 @@ def registered(
         raise HeadwiseError(
             f"{type(module).__name__} was put into the model after attend began: enter attend again to reach it."
         )
+    if session.taken is not None:
+        return session.take(query, key, value).transpose(1, 2), None
     # PyTorch's attention may be called on the way: this call is not to be seen once more by the function mode.
     session.busy = True
     try:
@@ -318,6 +330,27 @@ def general(
     cross = session.kind_of(module) == "cross"
     call = describe(session.frame or Frame(0), cross, bool(causal), query, key, value, given, kwargs)
     return session.call(call, module, "registry", kwargs)
+
+
+def attention_inputs(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+    """The new tokens' queries, keys and values a module would attend with, were it called so: projected, normed and
+    rotated by itself, its cache left alone. Only for a module of a model under `attend`."""
+    session = _sessions.get(module)
+    if session is None:
+        raise HeadwiseError(f"{type(module).__name__}: its queries and keys can only be had inside attend.")
+
+    def uncached(value: Any) -> Any:
+        return None if hasattr(value, "get_seq_length") else value
+
+    session.taken = []
+    try:
+        module.forward(*map(uncached, args), **{name: uncached(value) for name, value in kwargs.items()})
+        taken = session.taken
+    finally:
+        session.taken = None
+    if len(taken) != 1:
+        raise HeadwiseError(f"{session.names[module]} attends {len(taken)} times in a call, not once.")
+    return taken[0]
 
 
 _open: WeakKeyDictionary[nn.Module, Session] = WeakKeyDictionary()
