@@ -85,7 +85,9 @@ class Decoder(Host):
         super().__init__(make, dim, layers, vocabulary, hidden, pooled=False)
         self.embed = nn.Embedding(vocabulary, dim)
         self.place = nn.Embedding(positions, dim) if positions else None
-        nn.init.normal_(self.embed.weight, std=0.02)
+        for table in (self.embed, self.place):
+            if table is not None:  # both small: positions of the usual size 1 would drown the tokens
+                nn.init.normal_(table.weight, std=0.02)
         self.head.weight = self.embed.weight
 
     def forward(
