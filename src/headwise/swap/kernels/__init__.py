@@ -1,0 +1,1 @@
+"""GPU kernels of mechanisms that libraries have none for."""
