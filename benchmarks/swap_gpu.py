@@ -1,0 +1,140 @@
+"""Fast paths of the swap room on a GPU: errors against float64, times beside PyTorch's kernels. One command:
+
+    python benchmarks/swap_gpu.py [--out benchmarks/results/swap_h100.json] [--only sigmoid]
+
+Every case is timed at its own steady clock (`gpu_timing.py`); ratios are of one run.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parent.parent / "src"))
+from gpu_timing import alternate, teraflops
+
+from headwise.swap.kernels.sigmoid import sigmoid_attention
+
+HEADS, DIM = 16, 128
+
+
+def inputs(tokens, heads=HEADS, kv_heads=HEADS, dim=DIM, dtype=torch.bfloat16, seed=0):
+    generator = torch.Generator("cuda").manual_seed(seed)
+    return [
+        torch.randn(1, n, tokens, dim, generator=generator, device="cuda", dtype=torch.float32)
+        .to(dtype).transpose(1, 2).contiguous().transpose(1, 2)
+        for n in (heads, kv_heads, kv_heads)
+    ]  # fmt: skip
+
+
+def error(got, wanted):
+    return ((got.double() - wanted).norm() / wanted.norm()).item()
+
+
+def sigmoid_reference(q, k, v, scale, b, causal, offset):
+    group = q.shape[1] // k.shape[1]
+    k, v = (x.repeat_interleave(group, 1) for x in (k, v))
+    p = torch.sigmoid(q @ k.mT * scale + b)
+    if causal:
+        rows = torch.arange(q.shape[2], device=q.device)[:, None] + offset
+        p = p * (torch.arange(k.shape[2], device=q.device) <= rows)
+    return p @ v
+
+
+def sigmoid_errors():
+    """Relative errors of output and gradients in bf16, float64 as the truth; b = -log n."""
+    rows = []
+    for heads, kv_heads, queries, keys, dim, causal, offset in (
+        (4, 4, 1024, 1024, 128, True, 0), (4, 4, 1024, 1024, 128, False, 0), (8, 2, 1000, 1000, 128, True, 0),
+        (8, 2, 700, 1333, 64, True, 633), (4, 1, 333, 1025, 64, False, 0), (4, 2, 2049, 2049, 128, True, 0),
+    ):  # fmt: skip
+        q = inputs(queries, heads, heads, dim)[0]
+        k, v = inputs(keys, heads, kv_heads, dim, seed=1)[1:]
+        b = -torch.tensor(float(keys)).log().item() + 2
+        given = [x.detach().requires_grad_() for x in (q, k, v)]
+        out = sigmoid_attention(*given, dim**-0.5, b, causal, offset)
+        do = torch.randn_like(out)
+        grads = torch.autograd.grad(out, given, do)
+        again = torch.autograd.grad(sigmoid_attention(*given, dim**-0.5, b, causal, offset), given, do)
+        true = [x.detach().double().requires_grad_() for x in (q, k, v)]
+        wanted = sigmoid_reference(*true, dim**-0.5, b, causal, offset)
+        true_grads = torch.autograd.grad(wanted, true, do.double())
+        shape = [heads, kv_heads, queries, keys, dim, causal]
+        errors = [error(a, t) for a, t in zip((out, *grads), (wanted, *true_grads))]
+        rows.append({
+            "shape": shape, "errors": dict(zip("out dq dk dv".split(), errors)),
+            "same_twice": all(torch.equal(a, t) for a, t in zip(grads, again)),
+        })  # fmt: skip
+        print(rows[-1], flush=True)
+    return rows
+
+
+def library(backend, q, k, v, causal):
+    def run():
+        with sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+
+    return run
+
+
+def backwards(run, inputs, do):
+    out = run()
+    return lambda: torch.autograd.grad(out, inputs, do, retain_graph=True)
+
+
+def sigmoid_times(sizes):
+    rows = []
+    for tokens in sizes:
+        for causal in (True, False) if tokens <= 32768 else (True,):
+            rows += both_ways(tokens, causal)
+            torch.cuda.empty_cache()
+    return rows
+
+
+def both_ways(tokens, causal):
+    q, k, v = (x.requires_grad_() for x in inputs(tokens))
+    b = -torch.tensor(float(tokens)).log().item()
+    cases = {
+        "flash": library(SDPBackend.FLASH_ATTENTION, q, k, v, causal),
+        "cudnn": library(SDPBackend.CUDNN_ATTENTION, q, k, v, causal),
+        "sigmoid": lambda: sigmoid_attention(q, k, v, DIM**-0.5, b, causal),
+    }
+    with torch.no_grad():
+        forward = row("forward", tokens, causal, *alternate(cases), 1.0)
+    do = torch.randn_like(q)
+    cases = {name: backwards(run, (q, k, v), do) for name, run in cases.items()}
+    return [forward, row("backward", tokens, causal, *alternate(cases), 2.5)]
+
+
+def row(way, tokens, causal, times, failed, work):
+    found = {
+        "way": way, "tokens": tokens, "causal": causal, "heads": HEADS, "dim": DIM, "ms": times, "failed": failed,
+        "tflops": {n: work * teraflops(HEADS, DIM, tokens, tokens, causal, ms) for n, ms in times.items()},
+        "times_of_flash": {n: ms / times["flash"] for n, ms in times.items() if "flash" in times},
+    }  # fmt: skip
+    shown = "  ".join(f"{n} {ms:8.3f} ms {found['tflops'][n]:5.0f}" for n, ms in times.items())
+    print(f"{way:9s}{tokens:7d} {'causal' if causal else 'full':7s} {shown} {failed or ''}", flush=True)
+    return found
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[4096, 16384, 32768, 65536])
+    given = parser.parse_args()
+    result = {
+        "device": torch.cuda.get_device_name(), "torch": torch.__version__,
+        "sigmoid": {"errors": sigmoid_errors(), "times": sigmoid_times(given.sizes)},
+    }  # fmt: skip
+    if given.out:
+        given.out.parent.mkdir(parents=True, exist_ok=True)
+        given.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
