@@ -156,6 +156,14 @@ def test_perplexity_of_a_text_is_that_of_its_windows(opened: Opened) -> None:
     plain = perplexity(opened, text, length=32, windows=2)
     assert perplexity(opened, text, [steer.TokenScale(gain=1.0)], length=32, windows=2) == plain
     assert perplexity(opened, text, [steer.ScaleHeads(gain=0.0)], length=32, windows=2) != plain
+    ids = opened.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"][:, :32]
+    segments = hw.Segments.from_spans({"span": (0, 9), "tail": (20, 32)}, 32)
+    method = steer.Emphasis("span", alpha=0.01)
+    with steer.apply(opened, method, segments=segments), torch.no_grad():
+        chances = opened.model(ids).logits[0].log_softmax(-1)
+    wanted = -np.mean([chances[n - 1, ids[0, n]].item() for n in range(20, 32)])
+    found = perplexity(opened, text, [method], length=32, windows=1, segments=segments, start=20)
+    assert np.log(found) == pytest.approx(wanted, abs=1e-5)
 
 
 def test_bad_input(opened: Opened) -> None:
@@ -165,6 +173,7 @@ def test_bad_input(opened: Opened) -> None:
         (lambda: evaluate(opened, tasks.ioi(0, 1), {"plain": []}), "plain"),
         (lambda: evaluate(opened, tasks.ioi(0, 1), {}, per="token"), "per"),
         (lambda: perplexity(opened, "the family"), "length"),
+        (lambda: perplexity(opened, hw.scan.needles.haystack(), length=32, start=32), "start"),
         (lambda: difference(pd.DataFrame([{"setting": "plain", "example": 0, "logp": 0.0}]), "b"), "no setting 'b'"),
     ):
         with pytest.raises(hw.HeadwiseError, match=said):

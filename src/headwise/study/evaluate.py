@@ -8,6 +8,7 @@ place_curve(table)                          # by the place of the gold document
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -17,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from headwise.errors import HeadwiseError
-from headwise.models import Opened
+from headwise.models import Opened, Segments
 from headwise.steer import Method, apply, option_logprobs
 from headwise.study.tasks import Example
 
@@ -122,21 +123,26 @@ def place_curve(table: pd.DataFrame, measure: str = "logp", draws: int = DRAWS, 
     return pd.DataFrame(rows)
 
 
-def perplexity(opened: Opened, text: str, methods: Sequence[Method] = (), length: int = 256, windows: int = 4) -> float:
-    """e to the mean loss per token on evenly spread windows of the text."""
+def perplexity(
+    opened: Opened,
+    text: str,
+    methods: Sequence[Method] = (),
+    length: int = 256,
+    windows: int = 4,
+    segments: Segments | None = None,
+    start: int = 1,
+) -> float:
+    """e to the mean loss per token on evenly spread windows of the text. `segments` name the tokens of every window for
+    methods that speak of them; the loss is that of the tokens from place `start` on."""
     ids = opened.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"][0]
     if len(ids) < length:
         raise HeadwiseError(f"length: the text has {len(ids)} tokens, fewer than the {length} asked for.")
-    starts = np.linspace(0, len(ids) - length, windows).astype(int)
+    if not 1 <= start < length:
+        raise HeadwiseError(f"start: wanted a place from 1 to {length - 1} in windows of {length}; got {start}.")
     losses = []
-    for start in starts:
-        window = ids[None, start : start + length].to(opened.device)
-        with torch.no_grad():
-            if methods:
-                with apply(opened, *methods):
-                    logits = opened.model(input_ids=window).logits
-            else:
-                logits = opened.model(input_ids=window).logits
-        loss = torch.nn.functional.cross_entropy(logits[0, :-1].float(), window[0, 1:])
-        losses.append(float(loss))
+    for first in np.linspace(0, len(ids) - length, windows).astype(int):
+        window = ids[None, first : first + length].to(opened.device)
+        with apply(opened, *methods, segments=segments) if methods else nullcontext(), torch.no_grad():
+            logits = opened.model(input_ids=window).logits
+        losses.append(float(torch.nn.functional.cross_entropy(logits[0, start - 1 : -1].float(), window[0, start:])))
     return float(np.exp(np.mean(losses)))
