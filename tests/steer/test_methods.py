@@ -46,6 +46,7 @@ NEUTRAL = {
     "SoftInjection": steer.SoftInjection(torch.ones(2, 4, 8), torch.zeros(2, 4)),
     "ConceptHeads": steer.ConceptHeads(((0, 1),), alpha=1.0),
     "ScaleHeads": steer.ScaleHeads(gain=1.0),
+    "PositionalHiddenScaling": steer.PositionalHiddenScaling(5, factor=1.0),
 }
 ACTIVE = {
     "TokenScale": steer.TokenScale(gain=2.5),
@@ -62,6 +63,7 @@ ACTIVE = {
     "ForceAttention": steer.ForceAttention((2, 5), queries="last"),
     "Knockout": steer.Knockout("span", queries="last"),
     "PatternMask": steer.PatternMask("previous", heads=((0, 1),)),
+    "PositionalHiddenScaling": steer.PositionalHiddenScaling(5, layers=(0, 1)),
     "ScaleHeads": steer.ScaleHeads(heads=((0, 1),), gain=-1.0),
 }
 

@@ -20,6 +20,7 @@ from headwise.steer.head_pursuit import head_pursuit, head_rows, logit_lens, une
 from headwise.steer.knockout import Knockout
 from headwise.steer.method import Method, apply
 from headwise.steer.pattern_mask import MatchingTokens, PatternMask
+from headwise.steer.positional_hidden import PositionalHiddenScaling
 from headwise.steer.prompts import mark_last
 from headwise.steer.pursuit import Pursuit, somp
 from headwise.steer.recipe import Recipe
@@ -45,6 +46,7 @@ __all__ = [
     "MatchingTokens",
     "Method",
     "PatternMask",
+    "PositionalHiddenScaling",
     "Pursuit",
     "Recipe",
     "ScaleHeads",

@@ -14,6 +14,7 @@ from headwise.steer.found_in_the_middle import FoundInTheMiddle
 from headwise.steer.knockout import Knockout
 from headwise.steer.method import Method
 from headwise.steer.pattern_mask import PatternMask
+from headwise.steer.positional_hidden import PositionalHiddenScaling
 from headwise.steer.scale_heads import ScaleHeads
 from headwise.steer.soft_injection import SoftInjection
 from headwise.steer.split_softmax import SplitSoftmax
@@ -35,6 +36,7 @@ METHODS: tuple[type[Method], ...] = (
     ConceptHeads,
     Knockout,
     PatternMask,
+    PositionalHiddenScaling,
     ScaleHeads,
 )
 
