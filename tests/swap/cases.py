@@ -31,6 +31,13 @@ def projections(d: int, h: int, k: int, p: int) -> int:
     return 2 * d * h * p + 2 * d * k * p
 
 
+def embedded(d: int, h: int, k: int, p: int) -> int:
+    """One projection for all heads, three vectors for each."""
+    return 3 * d * p + 3 * h * p + d * h * p
+
+
+MULTI_TOKEN_PRE = {"post_kq": False, "pre_head": False, "post_head": False, "norm": False, "gate": None}
+
 CASES: dict[str, list[Case]] = {
     "attention": [
         Case(projections, {"position": swap.Rope()}, kv_heads=2),
@@ -39,6 +46,26 @@ CASES: dict[str, list[Case]] = {
         Case(projections, {"normaliser": swap.Entmax(1.5)}),
         Case(lambda d, h, k, p: projections(d, h, k, p) + 2 * 8 * 8 + 8 + 8, {"score": swap.Additive(8)}),
         Case(lambda d, h, k, p: projections(d, h, k, p) + 1 + 2 * p, {"score": swap.Cosine(), "qk_norm": True}),
+    ],
+    "fixed_head_attention": [Case(projections, {"head_dim": 16, "position": swap.Rope()}, kv_heads=2)],
+    "head_embedding_attention": [
+        Case(embedded, {"mode": "mul"}),
+        Case(embedded, {"mode": "add", "position": swap.Alibi()}),
+        Case(embedded, {"mode": "mul", "position": swap.Rope()}),
+        Case(embedded, {"mode": "add", "position": swap.Rope()}),
+    ],
+    "mixture_of_head_attention": [
+        Case(lambda d, h, k, p: projections(d, h, k, p) + d * (h + 2), {"position": swap.Rope()}, kv_heads=2),
+        Case(projections, {"router": "qnorm", "position": swap.Rope()}),
+    ],
+    "multi_query_attention": [Case(projections, {"position": swap.Rope()})],
+    "multi_token_attention": [
+        Case(
+            lambda d, h, k, p: projections(d, h, k, p) + 2 * h * 3 * 5 + 2 * h * h + p + p + 1,
+            {"c_q": 3, "c_k": 5, "position": swap.Rope()},
+            kv_heads=2,
+        ),
+        Case(lambda d, h, k, p: projections(d, h, k, p) + h * 2 * 3, MULTI_TOKEN_PRE | {"c_q": 2, "c_k": 3}),
     ],
 }
 

@@ -8,7 +8,12 @@ from headwise.swap.attention import Attention
 from headwise.swap.cache import Cache
 from headwise.swap.catalogue import MECHANISMS, make
 from headwise.swap.convert import Conversion, convert, load
+from headwise.swap.fixed_head import FixedHeadAttention
+from headwise.swap.head_embedding import HeadEmbeddingAttention
 from headwise.swap.mechanism import Mechanism, aux_loss
+from headwise.swap.mixture_of_head import MixtureOfHeadAttention
+from headwise.swap.multi_query import MultiQueryAttention
+from headwise.swap.multi_token import MultiTokenAttention
 from headwise.swap.parts import Activation, Additive, Alibi, Cosine, Entmax, Normaliser, Position, Rope, Score, Softmax
 
 __all__ = [
@@ -21,7 +26,12 @@ __all__ = [
     "Conversion",
     "Cosine",
     "Entmax",
+    "FixedHeadAttention",
+    "HeadEmbeddingAttention",
     "Mechanism",
+    "MixtureOfHeadAttention",
+    "MultiQueryAttention",
+    "MultiTokenAttention",
     "Normaliser",
     "Position",
     "Rope",

@@ -6,9 +6,21 @@ from typing import Any
 
 from headwise.errors import HeadwiseError
 from headwise.swap.attention import Attention
+from headwise.swap.fixed_head import FixedHeadAttention
+from headwise.swap.head_embedding import HeadEmbeddingAttention
 from headwise.swap.mechanism import Mechanism
+from headwise.swap.mixture_of_head import MixtureOfHeadAttention
+from headwise.swap.multi_query import MultiQueryAttention
+from headwise.swap.multi_token import MultiTokenAttention
 
-CLASSES: tuple[type[Mechanism], ...] = (Attention,)
+CLASSES: tuple[type[Mechanism], ...] = (
+    Attention,
+    FixedHeadAttention,
+    HeadEmbeddingAttention,
+    MixtureOfHeadAttention,
+    MultiQueryAttention,
+    MultiTokenAttention,
+)
 
 
 MECHANISMS: dict[str, type[Mechanism]] = {mechanism.key(): mechanism for mechanism in CLASSES}

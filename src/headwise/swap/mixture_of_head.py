@@ -1,0 +1,125 @@
+"""Heads as experts: some always work, of the others every token picks a few, and each output has a weight of its own.
+
+    y_t = sum_i g_ti z_ti W_O^i,     g_t = [a1 s, a2 r],     (a1, a2) = 2 softmax(W_h x_t)
+    s = h_s softmax(W_s x_t)         over the h_s shared heads, the first ones (1 where there is one)
+    r = K (p o m) / sum(p o m)       over the others, p = softmax(W_r x_t), m = 1 for the K largest
+
+The factors h_s, K and 2, which the paper leaves out and its code has, make even gates those of multi-head attention.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from headwise.attention.mask import Mask
+from headwise.errors import HeadwiseError
+from headwise.models.anatomy import Site
+from headwise.paper import Paper
+from headwise.swap.attention import Attention, Heads
+from headwise.swap.parts.positions import Places
+
+
+class MixtureOfHeadAttention(Attention):
+    """MoH: `shared` heads that always work (by default half of them, the first) and `topk` of the others for each token
+    (by default a quarter of all), both rounded down; `topk=0` makes all heads shared.
+
+    `router`: "learned", the gates above; or "qnorm", which needs no parameters and is what trained models are converted
+    with: others are ranked by `softmax(|q_i| / std)`, std over the heads of one token, and gates are 0 or 1. Its choice
+    has the gradient of the softmax (straight-through). With all heads picked it is the layer it came from.
+
+    `aux_loss`, in training with a learned router: `balance_weight * h_r sum_i P_i f_i`, P_i the mean of p_i and f_i the
+    share of tokens that picked head i: `balance_weight * K` where all are used alike. The paper averages it over
+    layers with 0.01; `swap.aux_loss` sums, so divide by their number. Padding counts as tokens.
+
+    All heads are computed and weighted: what the paper saves is `active_share` of them, and not saved here. `gates`
+    [batch, token, heads] are those of the last forward.
+    """
+
+    paper: ClassVar[Paper] = Paper("MoH: Multi-Head Attention as Mixture-of-Head Attention", "2410.11842")
+    what: ClassVar[str] = "each token picks some of the heads, each with a weight"
+
+    def __init__(
+        self, dim: int, heads: int, kv_heads: int | None = None, head_dim: int | None = None, *,
+        shared: int | None = None, topk: int | None = None, router: Literal["learned", "qnorm"] = "learned",
+        balance_weight: float = 0.01, **own: Any,
+    ):  # fmt: skip
+        super().__init__(dim, heads, kv_heads, head_dim, **own)
+        self.shared = heads // 2 if shared is None and topk != 0 else heads if shared is None else shared
+        self.topk = (heads // 4 if self.shared < heads else 0) if topk is None else topk
+        others = heads - self.shared
+        if not 0 <= self.shared <= heads or not min(1, others) <= self.topk <= others:
+            raise HeadwiseError(
+                f"shared, topk: wanted at most {heads} shared heads, and 1 to all of the others picked; got "
+                f"shared={self.shared}, topk={self.topk}."
+            )
+        if router not in ("learned", "qnorm"):
+            raise HeadwiseError(f"router: wanted learned or qnorm; got {router!r}.")
+        self.router, self.balance_weight = router, balance_weight
+        learned = router == "learned"
+        self.pick = nn.Linear(dim, others, bias=False) if learned and others else None
+        self.share = nn.Linear(dim, self.shared, bias=False) if learned and self.shared > 1 else None
+        self.balance = nn.Linear(dim, 2, bias=False) if learned and others and self.shared else None
+        self.gates: Tensor | None = None
+
+    @property
+    def active_share(self) -> float:
+        """The share of heads that work for a token."""
+        return (self.shared + self.topk) / self.heads
+
+    def attend(self, q: Heads, k: Heads, v: Heads, mask: Mask, here: Places, j0: int = 0, **how: Any) -> Heads:
+        z = super().attend(q, k, v, mask, here, j0, **how)
+        return self.gated(z, self.norm_gates(q)) if self.router == "qnorm" else z
+
+    def combine(self, z: Heads, x: Float[Tensor, "batch query dim"]) -> Float[Tensor, "batch query dim"]:
+        return super().combine(self.gated(z, self.learned_gates(x)) if self.router == "learned" else z, x)
+
+    def gated(self, z: Heads, gates: Float[Tensor, "batch token heads"]) -> Heads:
+        self.gates = gates.detach()
+        return z * gates.mT[..., None].to(z.dtype)
+
+    def learned_gates(self, x: Float[Tensor, "batch token dim"]) -> Float[Tensor, "batch token heads"]:
+        ones = x.new_ones(*x.shape[:2], self.shared)
+        s = ones if self.share is None else self.shared * torch.softmax(self.share(x), -1)
+        if self.pick is None:
+            self.aux_loss = None
+            return s
+        p = torch.softmax(self.pick(x), -1)
+        m = picked(p, self.topk)
+        kept = p * m
+        r = self.topk * kept / kept.sum(-1, keepdim=True).clamp(min=torch.finfo(p.dtype).eps)
+        even = (p.flatten(0, 1).mean(0) * m.flatten(0, 1).mean(0)).sum()
+        self.aux_loss = self.balance_weight * p.shape[-1] * even if self.training else None
+        if self.balance is None:
+            return r
+        a = 2 * torch.softmax(self.balance(x), -1)
+        return torch.cat([a[..., :1] * s, a[..., 1:] * r], -1)
+
+    def norm_gates(self, q: Heads) -> Float[Tensor, "batch token heads"]:
+        """Rotations keep norms, so turned queries do."""
+        ones = q.new_ones(q.shape[0], q.shape[2], self.shared)
+        if self.shared == self.heads:
+            return ones
+        norms = q[:, self.shared :].norm(dim=-1).mT
+        # One head alone has no spread, equal ones none: then all are as likely.
+        std = norms.std(-1, keepdim=True) if norms.shape[-1] > 1 else torch.ones_like(norms)
+        p = torch.softmax(norms / std.clamp(min=torch.finfo(std.dtype).eps), -1)
+        return torch.cat([ones, picked(p, self.topk) + (p - p.detach())], -1)
+
+    def flops(self, queries: int, keys: int | None = None) -> int:
+        routers = (m for m in (self.pick, self.share, self.balance) if m is not None)
+        return super().flops(queries, keys) + sum(2 * queries * self.dim * m.out_features for m in routers)
+
+    @classmethod
+    def from_site(cls, site: Site, causal: bool, **own: Any) -> Self:
+        """By default with the router that needs no training. Equal output at the start only with all heads picked:
+        "qnorm" with `topk` all others."""
+        return super().from_site(site, causal, **{"router": "qnorm", **own})
+
+
+def picked(p: Float[Tensor, "*token heads"], count: int) -> Float[Tensor, "*token heads"]:
+    """1 for the `count` largest, 0 for the others."""
+    return torch.zeros_like(p).scatter(-1, p.topk(count, -1).indices, 1.0)

@@ -1,0 +1,199 @@
+"""Weights that depend on several queries and keys: scores and weights convolved over neighbours, and heads mixed.
+
+s'_h[i, j] = sum_a sum_b theta_h[a, b] s_h[i - a, j + b]     a = 0 .. c_q - 1,  |b| <= (c_k - 1) / 2
+s''_h = sum_g w_hg s'_g                                      over all heads, or groups of c_h
+a = softmax(s''), then the same two steps on a               (rows no longer sum to 1)
+y = sum over heads of sigmoid(w . n_h + b) n_h W_O           n_h = RMSNorm(z_h)
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from headwise.attention.call import AttentionCall
+from headwise.attention.dense import BLOCKED, dense
+from headwise.attention.effects import resolve
+from headwise.attention.engine import DENSE_PLACES
+from headwise.attention.form import Form
+from headwise.attention.mask import Mask
+from headwise.errors import HeadwiseError
+from headwise.models.anatomy import Site
+from headwise.paper import Paper
+from headwise.swap.attention import Attention, Heads
+from headwise.swap.cache import Cache
+from headwise.swap.mechanism import Visible
+from headwise.swap.parts.positions import Places
+
+Matrix = Float[Tensor, "batch heads query key"]
+
+PLACES = 2**20
+"""Query-key pairs a head in one block, where no gradients are needed."""
+
+
+class MultiTokenAttention(Attention):
+    """MTA. `pre_kq`, `post_kq`: the convolution, on scores and on weights; `pre_head`, `post_head`: mixing of heads, in
+    groups of `c_h` neighbours or of "all". `norm`: of every head's output, times `1 - lambda_l` with `lambda_l = 0.8 -
+    0.6 exp(-0.3 l)` where `depth` l is given. `gate`: one for every token and head ("head"), or for each of its
+    channels ("channel"). The defaults are those of the paper's language models, which convolve in every fourth layer
+    and mix heads in all.
+
+    Kernels `[heads, c_q, c_k]` start as the identity, a 1 in the last row's middle, so that all but norm and gate start
+    as plain attention. Scores that are not seen count as 0. A kernel reaches no key that the query itself doesn't see:
+    documents packed behind one another stay apart. It looks back over queries in the form that is not causal too.
+
+    In a trained layer norm and gate are left out by default: equal output at the start. A cache holds the last
+    `c_q - 1` rows of scores and weights beside keys and values. Mixed weights can be negative, and an entropy read from
+    them means little.
+    """
+
+    paper: ClassVar[Paper] = Paper("Multi-Token Attention", "2504.00927")
+    what: ClassVar[str] = "scores and weights convolved over queries and keys, and mixed over heads"
+
+    def __init__(
+        self, dim: int, heads: int, kv_heads: int | None = None, head_dim: int | None = None, *,
+        c_q: int = 6, c_k: int = 11, c_h: int | Literal["all"] = "all",
+        pre_kq: bool = True, post_kq: bool = True, pre_head: bool = True, post_head: bool = True,
+        norm: bool = True, gate: Literal["head", "channel"] | None = "head", depth: int | None = None, **own: Any,
+    ):  # fmt: skip
+        super().__init__(dim, heads, kv_heads, head_dim, **own)
+        if c_q < 1 or c_k < 1 or c_k % 2 == 0:
+            raise HeadwiseError(f"c_q, c_k: wanted a positive and an odd number; got c_q={c_q}, c_k={c_k}.")
+        group = heads if c_h == "all" else c_h
+        if not isinstance(group, int) or group < 1 or heads % group:
+            raise HeadwiseError(f'c_h: wanted "all" or a divisor of {heads} heads; got {c_h!r}.')
+        if gate not in ("head", "channel", None):
+            raise HeadwiseError(f"gate: wanted head, channel or None; got {gate!r}.")
+        kernel = torch.zeros(heads, c_q, c_k)
+        kernel[:, -1, c_k // 2] = 1.0
+        mixing = torch.eye(group).repeat(heads // group, 1, 1)
+        self.pre_kernel, self.post_kernel = (nn.Parameter(kernel.clone()) if on else None for on in (pre_kq, post_kq))
+        self.pre_mixing, self.post_mixing = (
+            nn.Parameter(mixing.clone()) if on else None for on in (pre_head, post_head)
+        )
+        self.norm = nn.RMSNorm(self.value_dim, eps=1e-5) if norm else None
+        self.norm_scale = 1.0 if depth is None else 0.2 + 0.6 * math.exp(-0.3 * depth)
+        self.gate = nn.Linear(self.value_dim, 1 if gate == "head" else self.value_dim) if gate else None
+        if self.gate is not None:
+            nn.init.zeros_(self.gate.bias)
+
+    def forward(
+        self,
+        x: Float[Tensor, "batch query dim"],
+        context: Float[Tensor, "batch key dim"] | None = None,
+        mask: Visible = None,
+        positions: Int[Tensor, "#batch query"] | Places | None = None,
+        cache: Cache | None = None,
+    ) -> Float[Tensor, "batch query dim"]:
+        entries = self.entries(cache, context)
+        here = self.places(x, positions, entries)
+        q, k, v = self.project(x, x if context is None else context, here, context is not None)
+        seen = self.visible(mask, len(x))
+        form = MultiTokenForm(self, seen, {} if entries is None else dict(entries.states))
+        if entries is not None:
+            k, v = entries.extend(k=k, v=v)
+            entries.length += x.shape[1]
+        z = self.attend(q, k, v, seen, here, form=form)
+        if entries is not None:
+            entries.put(**form.last)
+        return self.combine(z, x)
+
+    def combine(self, z: Heads, x: Float[Tensor, "batch query dim"]) -> Float[Tensor, "batch query dim"]:
+        if self.norm is not None:
+            z = self.norm(z) * self.norm_scale
+        if self.gate is not None:
+            z = z * torch.sigmoid(self.gate(z))
+        return super().combine(z, x)
+
+    def flops(self, queries: int, keys: int | None = None) -> int:
+        keys = queries if keys is None else keys
+        taps = sum(k.shape[1] * k.shape[2] for k in (self.pre_kernel, self.post_kernel) if k is not None)
+        mixed = sum(m.shape[-1] for m in (self.pre_mixing, self.post_mixing) if m is not None)
+        gate = 0 if self.gate is None else 2 * queries * self.heads * self.gate.weight.numel()
+        return super().flops(queries, keys) + 2 * queries * keys * self.heads * (taps + mixed) + gate
+
+    @classmethod
+    def from_site(cls, site: Site, causal: bool, **own: Any) -> Self:
+        return super().from_site(site, causal, **{"norm": False, "gate": None, **own})
+
+
+class MultiTokenForm(Form):
+    """Scores and weights of one call. `past`: the rows before it, of what is convolved; `last`: those after it."""
+
+    local = False
+
+    def __init__(self, module: MultiTokenAttention, mask: Mask, past: dict[str, Tensor]):
+        self.module, self.mask, self.past = module, mask, past
+        self.last: dict[str, Tensor] = {}
+        after = module.post_kernel is not None or module.post_mixing is not None
+        self.softmax = module.normaliser.softmax and not after  # type: ignore[misc]
+
+    def scores(self, q: Heads, k: Heads, call: AttentionCall) -> Matrix:
+        s = self.module.score(q, k, call)
+        if self.module.pre_kernel is not None:
+            seen = call.mask.dense(call.i, call.j0, call.keys)
+            if call.mask.added is not None:
+                seen = seen & (call.mask.added > BLOCKED)
+            s = self.convolved("scores", s, self.module.pre_kernel, seen)
+        return mixed(s, self.module.pre_mixing)
+
+    def weights(self, s: Matrix, seen: Bool[Tensor, "#batch #heads query key"]) -> Matrix:
+        a = self.module.normaliser(s, seen)
+        if self.module.post_kernel is not None:
+            a = self.convolved("weights", a, self.module.post_kernel, seen).masked_fill(~seen, 0.0)
+        return mixed(a, self.module.post_mixing)
+
+    def convolved(self, name: str, x: Matrix, kernel: Float[Tensor, "heads c_q c_k"], seen: Tensor) -> Matrix:
+        heads, c_q, c_k = kernel.shape
+        x, weight = x.masked_fill(~seen, 0.0), kernel[:, None].to(x.dtype)
+        # Later keys are in the future of earlier rows: 0 there.
+        past = self.past.get(name, x[:, :, :0])
+        rows = torch.cat([F.pad(past, (0, x.shape[3] - past.shape[3])), x], 2)
+        rows = F.pad(rows, (0, 0, c_q - 1 - past.shape[2], 0))
+        self.last[name] = rows[:, :, x.shape[2] :].detach()
+        if not self.apart:
+            return F.conv2d(F.pad(rows, (c_k // 2, c_k // 2)), weight, groups=heads)
+        count = x.shape[2]
+        parts = (rows[:, :, a : a + count].masked_fill(~seen, 0.0) for a in range(c_q))
+        padding = (0, c_k // 2)
+        return torch.stack(
+            [F.conv2d(p, weight[:, :, a : a + 1], padding=padding, groups=heads) for a, p in enumerate(parts)]
+        ).sum(0)
+
+    @property
+    def apart(self) -> bool:
+        """Whether earlier rows may see keys that a row doesn't, as in packed documents."""
+        mask = self.mask
+        return any(x is not None for x in (mask.allowed, mask.added, mask.rule, mask.indices))
+
+    def has_kernel(self, call: AttentionCall) -> bool:
+        grads = torch.is_grad_enabled() and any(x.requires_grad for x in (call.q, call.k, call.v))
+        return not grads and call.queries * call.keys > DENSE_PLACES
+
+    def kernel(self, call: AttentionCall) -> Float[Tensor, "batch heads query value_dim"]:
+        """In blocks of rows, each with the rows before it that its kernels reach: memory is linear in the keys."""
+        halo = sum(k.shape[1] - 1 for k in (self.module.pre_kernel, self.module.post_kernel) if k is not None)
+        size, outs = max(halo + 1, PLACES // call.keys), []
+        for start in range(0, call.queries, size):
+            low = max(0, start - halo)
+            rows = torch.arange(low, min(start + size, call.queries))
+            part = call.select(rows)
+            form = MultiTokenForm(self.module, part.mask, self.past if low == 0 else {})
+            out, _ = dense(resolve(replace(part, form=form), []), [])
+            outs.append(out[:, :, start - low :])
+            self.last = form.last
+        return torch.cat(outs, 2)
+
+
+def mixed(x: Matrix, weight: Float[Tensor, "groups out in"] | None) -> Matrix:
+    """Heads mixed within groups of neighbours."""
+    if weight is None:
+        return x
+    groups = x.unflatten(1, weight.shape[:2])
+    return torch.einsum("goc,bgcij->bgoij", weight.to(x.dtype), groups).flatten(1, 2)
