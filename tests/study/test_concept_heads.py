@@ -7,6 +7,7 @@ from tests.scan.models import llama
 
 from headwise.models import Opened
 from headwise.study import concept_heads as study
+from headwise.study import concept_steering as steering
 from headwise.study.concepts import Concept, concepts
 from headwise.study.pursuit import pursuit_support
 
@@ -26,7 +27,8 @@ def opened() -> Opened:
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     other = Concept(("man", "sister", "mother"), SMALL.words, SMALL.asking, SMALL.telling)
-    monkeypatch.setattr(study, "concepts", lambda: {"one": SMALL, "other": other})
+    for module in (study, steering):
+        monkeypatch.setattr(module, "concepts", lambda: {"one": SMALL, "other": other})
 
 
 @pytest.mark.parametrize("name", concepts())
@@ -51,14 +53,14 @@ def test_specialisation_is_measured(opened: Opened) -> None:
 
 @pytest.mark.usefixtures("small")
 def test_steering_is_measured(opened: Opened) -> None:
-    found = study.concept_heads_steer(opened, seeds=[0], counts=(1, 2), sentences=5, continued=3)
+    found = steering.concept_heads_steer(opened, seeds=[0], counts=(1, 2), sentences=5, continued=3)
     assert set(found.measured["tests"]) == {f"top{n}_against_{label}" for n in (1, 2) for label in ("others", "random")}
     assert {"top1", "top2_zero", "lens2", "random2_0"} <= set(found.measured["change"])
 
 
 def test_scores_are_of_the_concepts_tokens_and_the_others(opened: Opened) -> None:
     sentences = SMALL.sentences(0, 3)
-    found = study.Sentences.of(opened, sentences).scores(opened, [])
+    found = steering.Sentences.of(opened, sentences).scores(opened, [])
     for (text, (start, _)), row in zip(sentences, found, strict=True):
         ids = opened.tokenizer(text, add_special_tokens=False)["input_ids"]
         with torch.no_grad():
@@ -70,11 +72,11 @@ def test_scores_are_of_the_concepts_tokens_and_the_others(opened: Opened) -> Non
 
 
 def test_continuations_come_from_their_seed(opened: Opened) -> None:
-    one = study.continuation(opened, [], 0, 4)
-    assert torch.equal(one, study.continuation(opened, [], 0, 4))
-    assert not torch.equal(one, study.continuation(opened, [], 1, 4))
+    one = steering.continuation(opened, [], 0, 4)
+    assert torch.equal(one, steering.continuation(opened, [], 0, 4))
+    assert not torch.equal(one, steering.continuation(opened, [], 1, 4))
     assert one.shape == (12, 4)
-    assert study.share(torch.tensor([[1, 2], [3, 1]]), [1]) == 0.5
+    assert steering.share(torch.tensor([[1, 2], [3, 1]]), [1]) == 0.5
 
 
 def test_overlap() -> None:
