@@ -38,6 +38,9 @@ def embedded(d: int, h: int, k: int, p: int) -> int:
 
 MULTI_TOKEN_PRE = {"post_kq": False, "pre_head": False, "post_head": False, "norm": False, "gate": None}
 
+GATED_SOFTMAX = {"normaliser": "layer", "in_gate": True, "out_gate": True, "clamp": 3.0}
+OUTSIDE_SIGMOID = {"b": 0.0, "divide": "sqrt", "qk_norm": False, "layer_scale": 0.5, "out_norm": True}
+
 CASES: dict[str, list[Case]] = {
     "attention": [
         Case(projections, {"position": swap.Rope()}, kv_heads=2),
@@ -66,6 +69,45 @@ CASES: dict[str, list[Case]] = {
             kv_heads=2,
         ),
         Case(lambda d, h, k, p: projections(d, h, k, p) + h * 2 * 3, MULTI_TOKEN_PRE | {"c_q": 2, "c_k": 3}),
+    ],
+    "biased_attention": [
+        Case(lambda d, h, k, p: projections(d, h, k, p) + k * p, {"position": swap.Rope()}, kv_heads=2),
+        Case(lambda d, h, k, p: projections(d, h, k, p) + 2 * p, {"v_bias": True, "per_head": False}),
+        Case(lambda d, h, k, p: projections(d, h, k, p) + k * p, {"k_bias": False, "v_bias": True}, kv_heads=2),
+    ],
+    "expanding_attention": [Case(projections), Case(projections, {"tol": 0.05, "position": swap.Rope()}, kv_heads=2)],
+    "kernel_attention": [
+        Case(projections, {"kernel": "identity", "normalise": True, "position": swap.Rope()}, kv_heads=2),
+        Case(projections, {"kernel": "elu1", "normalise": True}),
+        Case(lambda d, h, k, p: projections(d, h, k, p) + 2 * p * (p + 1), {"kernel": "mlp"}),
+    ],
+    "multi_hop_attention": [
+        Case(lambda d, h, k, p: projections(d, h, k, p) + d * k * p, {"position": swap.Rope()}, kv_heads=2),
+        Case(lambda d, h, k, p: projections(d, h, k, p) + d * k * p, {"prior": "alibi", "edge": "bernoulli"}),
+    ],
+    "score_activation": [
+        Case(projections, {"function": "sigmoid", "position": swap.Rope()}, kv_heads=2),
+        Case(projections, {"function": "elu1", "normalise": True}),
+    ],
+    "sigmoid_attention": [
+        Case(lambda d, h, k, p: projections(d, h, k, p) + 2 * p, {"b": -2.5}, kv_heads=2),
+        Case(lambda d, h, k, p: projections(d, h, k, p) + 2 * d, OUTSIDE_SIGMOID),
+    ],
+    "softmax_ablation": [
+        Case(projections, kv_heads=2),
+        Case(lambda d, h, k, p: projections(d, h, k, p) + 2 * p + (d + 1) * (h + k), GATED_SOFTMAX),
+        Case(projections, {"normaliser": "clamp"}),
+        Case(projections, {"numerator": "taylor", "order": 4, "normaliser": "sum"}),
+    ],
+    "structural_attention": [
+        Case(projections, {"prior": lambda i, j: -0.3 * (i - j).abs(), "position": swap.Rope()}, kv_heads=2),
+        Case(projections, {"prior": "alibi", "edge": "bernoulli"}),
+        Case(projections, {"prior": "geometric_beta"}),
+    ],
+    "taylor_rnn": [
+        Case(projections, kv_heads=2),
+        Case(lambda d, h, k, p: projections(d, h, k, p) + p + (d + 1) * h, {"normaliser": "rms", "out_gate": True}),
+        Case(projections, {"order": 3, "normaliser": "clamp"}),
     ],
 }
 

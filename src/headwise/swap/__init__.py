@@ -5,16 +5,44 @@
 """
 
 from headwise.swap.attention import Attention
+from headwise.swap.biased import BiasedAttention
 from headwise.swap.cache import Cache
 from headwise.swap.catalogue import MECHANISMS, make
 from headwise.swap.convert import Conversion, convert, load
-from headwise.swap.fixed_head import FixedHeadAttention
+from headwise.swap.expanding import ExpandingAttention
+from headwise.swap.fixed_head import FixedHeadAttention, widen_heads
 from headwise.swap.head_embedding import HeadEmbeddingAttention
+from headwise.swap.head_mask import HeadMask, head_gradients
+from headwise.swap.kernel_attention import KernelAttention
 from headwise.swap.mechanism import Mechanism, aux_loss
 from headwise.swap.mixture_of_head import MixtureOfHeadAttention
-from headwise.swap.multi_query import MultiQueryAttention
+from headwise.swap.multi_hop import MultiHopAttention
+from headwise.swap.multi_query import MultiQueryAttention, merge_kv_heads
 from headwise.swap.multi_token import MultiTokenAttention
-from headwise.swap.parts import Activation, Additive, Alibi, Cosine, Entmax, Normaliser, Position, Rope, Score, Softmax
+from headwise.swap.parts import (
+    Activation,
+    Additive,
+    Alibi,
+    Cosine,
+    Direct,
+    Entmax,
+    GeometricBeta,
+    Hard,
+    KernelScore,
+    Normaliser,
+    Numerator,
+    Position,
+    Prior,
+    Rope,
+    Score,
+    Sigmoid,
+    Softmax,
+)
+from headwise.swap.score_activation import ScoreActivation
+from headwise.swap.sigmoid import SigmoidAttention
+from headwise.swap.softmax_ablation import SoftmaxAblation
+from headwise.swap.structural import StructuralAttention
+from headwise.swap.taylor_rnn import TaylorRNN
 
 __all__ = [
     "MECHANISMS",
@@ -22,23 +50,43 @@ __all__ = [
     "Additive",
     "Alibi",
     "Attention",
+    "BiasedAttention",
     "Cache",
     "Conversion",
     "Cosine",
+    "Direct",
     "Entmax",
+    "ExpandingAttention",
     "FixedHeadAttention",
+    "GeometricBeta",
+    "Hard",
     "HeadEmbeddingAttention",
+    "HeadMask",
+    "KernelAttention",
+    "KernelScore",
     "Mechanism",
     "MixtureOfHeadAttention",
+    "MultiHopAttention",
     "MultiQueryAttention",
     "MultiTokenAttention",
     "Normaliser",
+    "Numerator",
     "Position",
+    "Prior",
     "Rope",
     "Score",
+    "ScoreActivation",
+    "Sigmoid",
+    "SigmoidAttention",
     "Softmax",
+    "SoftmaxAblation",
+    "StructuralAttention",
+    "TaylorRNN",
     "aux_loss",
     "convert",
+    "head_gradients",
     "load",
     "make",
+    "merge_kv_heads",
+    "widen_heads",
 ]

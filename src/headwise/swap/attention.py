@@ -40,6 +40,12 @@ class PartsForm(Form):
     def weights(self, s: Tensor, seen: Tensor) -> Tensor:
         return self.normaliser(s, seen)
 
+    def has_kernel(self, call: AttentionCall) -> bool:
+        return self.score.plain and self.normaliser.has_kernel(call)
+
+    def kernel(self, call: AttentionCall) -> Heads:
+        return self.normaliser.kernel(call)
+
 
 class Attention(Mechanism):
     """Multi-head attention, grouped (`kv_heads`), with heads of any width (`head_dim`, `value_dim`).

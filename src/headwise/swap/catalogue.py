@@ -6,20 +6,38 @@ from typing import Any
 
 from headwise.errors import HeadwiseError
 from headwise.swap.attention import Attention
+from headwise.swap.biased import BiasedAttention
+from headwise.swap.expanding import ExpandingAttention
 from headwise.swap.fixed_head import FixedHeadAttention
 from headwise.swap.head_embedding import HeadEmbeddingAttention
+from headwise.swap.kernel_attention import KernelAttention
 from headwise.swap.mechanism import Mechanism
 from headwise.swap.mixture_of_head import MixtureOfHeadAttention
+from headwise.swap.multi_hop import MultiHopAttention
 from headwise.swap.multi_query import MultiQueryAttention
 from headwise.swap.multi_token import MultiTokenAttention
+from headwise.swap.score_activation import ScoreActivation
+from headwise.swap.sigmoid import SigmoidAttention
+from headwise.swap.softmax_ablation import SoftmaxAblation
+from headwise.swap.structural import StructuralAttention
+from headwise.swap.taylor_rnn import TaylorRNN
 
 CLASSES: tuple[type[Mechanism], ...] = (
     Attention,
+    BiasedAttention,
+    ExpandingAttention,
     FixedHeadAttention,
     HeadEmbeddingAttention,
+    KernelAttention,
     MixtureOfHeadAttention,
+    MultiHopAttention,
     MultiQueryAttention,
     MultiTokenAttention,
+    ScoreActivation,
+    SigmoidAttention,
+    SoftmaxAblation,
+    StructuralAttention,
+    TaylorRNN,
 )
 
 

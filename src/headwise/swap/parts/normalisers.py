@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from headwise.attention.call import AttentionCall
 from headwise.errors import HeadwiseError
 
 Scored = Float[Tensor, "batch heads query key"]
@@ -22,6 +23,14 @@ class Normaliser(nn.Module):
     def forward(self, s: Scored, seen: Seen) -> Scored:
         return torch.softmax(s, -1).masked_fill(~seen, 0.0)  # a row that sees nothing: 0, not nan
 
+    def has_kernel(self, call: AttentionCall) -> bool:
+        """Whether `kernel` can do this call, whose scores are scaled dot products."""
+        return False
+
+    def kernel(self, call: AttentionCall) -> Float[Tensor, "batch heads query value_dim"]:
+        """The output by a kernel of the normaliser's own, with gradients."""
+        raise TypeError(f"{type(self).__name__} has no kernel.")
+
 
 class Softmax(Normaliser):
     """`a_ij = exp(s_ij) / sum_k exp(s_ik)`."""
@@ -30,12 +39,13 @@ class Softmax(Normaliser):
 
 
 class Activation(Normaliser):
-    """`a_ij = f(s_ij)`, f = relu, elu1 (elu + 1) or exp; `normalise` divides by the row's sum (plus 1e-8), otherwise by
-    nothing ("When Attention Sink Emerges in Language Models: An Empirical View", arXiv 2410.10781). exp by itself is
-    cut off at scores of 5, as that of arXiv 2507.23632 is."""
+    """`a_ij = f(s_ij)`, f = relu, elu1 (elu + 1), sigmoid or exp; `normalise` divides by the row's sum (plus 1e-8),
+    otherwise by nothing ("When Attention Sink Emerges in Language Models: An Empirical View", arXiv 2410.10781). exp by
+    itself is cut off at scores of 5, as that of arXiv 2507.23632 is."""
 
     FUNCTIONS: ClassVar = {
         "relu": torch.relu,
+        "sigmoid": torch.sigmoid,
         "elu1": lambda s: torch.nn.functional.elu(s) + 1,
         "exp": lambda s: s.clamp(max=5.0).exp(),
     }
