@@ -1,4 +1,4 @@
-"""The kernels of token-aware phase attention against float64: in the interpreter here, on the GPU where there is one."""
+"""The kernels of token-aware phase attention against float64, in the interpreter here and on a GPU."""
 
 from __future__ import annotations
 
