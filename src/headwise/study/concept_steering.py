@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from headwise.models import Opened, open_model
 from headwise.scan.needles import haystack
 from headwise.steer import ConceptHeads, Method, apply, concept_tokens, head_rows, logit_lens, unembedding
-from headwise.study.concept_heads import PAPER, explained, ranked
+from headwise.study.concept_heads import PAPER, chance, explained, ranked
 from headwise.study.concepts import concepts
 from headwise.study.evaluate import perplexity
 from headwise.study.finding import Finding
@@ -37,8 +37,9 @@ def concept_heads_steer(
     continued: int = 20,
 ) -> Finding:
     """Heads are chosen on prompts that ask for a word of the concept. On other sentences: the change of the
-    log-probability of the concept's token, and of all other tokens, with the heads times -1 (and 0, and the heads of
-    the logit lens, and as many random heads of the same layers); continuations of neutral beginnings, sampled, with the
+    log-probability of the concept's token, and of all other tokens, with the heads times -1; as many random heads of
+    the same layers. Beside it the heads times 0, those of the logit lens, and (ours) those of which the words explain
+    most more than random tokens do ("over"). Continuations of neutral beginnings, sampled, with the
     heads times 5, and the share of the concept's tokens in them."""
     opened = model if isinstance(model, Opened) else open_model(model)
     whole = unembedding(opened)
@@ -50,12 +51,13 @@ def concept_heads_steer(
     for name, concept in concepts().items():
         tokens = concept_tokens(opened, concept.words)
         read = head_rows(opened, [prompt for half in concept.halves(seeds[0]) for prompt in half])
-        order = ranked(opened, explained(opened, read, whole[tokens]))
+        scores = explained(opened, read, whole[tokens])
+        order, over = ranked(opened, scores), ranked(opened, scores - chance(opened, read, len(tokens), seeds[0]))
         lens = ranked(opened, logit_lens(opened, read, whole[tokens]))
         batch = Sentences.of(opened, concept.sentences(seeds[0], sentences))
         plain = batch.scores(opened, [])
         settings = {f"top{n}": (order[:n], -1.0) for n in counts} | {f"top{n}_zero": (order[:n], 0.0) for n in counts}
-        settings |= {f"lens{top}": (lens[:top], -1.0)}
+        settings |= {f"lens{top}": (lens[:top], -1.0)} | {f"over{n}": (over[:n], -1.0) for n in counts}
         settings |= {
             f"random{n}_{seed}": (same_layers(opened, order[:n], order[:n], seed), -1.0)
             for n in counts
@@ -72,6 +74,7 @@ def concept_heads_steer(
         turned = ConceptHeads(heads=order[:top], alpha=-1.0)
         rows[name] = {
             "heads": order[:top],
+            "heads_over": over[:top],
             "change": {label: np.mean(values[-1], 0) for label, values in changes.items()},
             "share_plain": share(beginnings, tokens),
             "share_times_5": told["top"],
@@ -103,6 +106,8 @@ def concept_heads_steer(
             f"{random[n][:, 0].mean():+.2f}"
             for n in counts
         )
+        + f"; the {top} heads of which the words explain more than random tokens: {mean[f'over{top}'][0]:+.2f} and "
+        + f"{mean[f'over{top}'][1]:+.2f}"
         + f"; times 5 the concept's share of a continuation rises most in {sum(more.values())} of {len(more)} concepts "
         + f"(from {np.mean([row['share_plain'] for row in rows.values()]):.1%} to "
         + f"{np.mean([row['share_times_5'] for row in rows.values()]):.1%}, random heads "

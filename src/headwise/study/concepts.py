@@ -16,7 +16,8 @@ NUMBERS = "one two three four five six seven eight nine ten eleven twelve".split
 
 @dataclass(frozen=True)
 class Concept:
-    """`cues` are put into `asking`, whose next word is of the concept; `words` into `telling`, other frames."""
+    """`cues` are put into `asking`, frames that end in the same word and go on with one of the concept; `words` into
+    `telling`, other frames. (With ends that differ, what a head writes at the last token says which end it is.)"""
 
     words: tuple[str, ...]
     cues: tuple[str, ...]
@@ -49,13 +50,13 @@ def concepts() -> dict[str, Concept]:
         "colours": Concept(
             tuple(sorted({colour for _, colour in coloured})),
             tuple(thing for thing, _ in coloured),
-            ("The color of {} is", "As we all know, {} always look"),
+            ("The color of {} is", "Everybody knows that the color of {} is"),
             ("She wore a {} dress to the party.", "They painted the door {} last week.", "A {} car stopped outside."),
         ),
         "countries": Concept(
             tuple(country for country, _ in capitals),
             tuple(city for _, city in capitals[:24]),
-            ("The city of {} is in", "{} is the capital of"),
+            ("The city of {} is in", "We know that the old town of {} is in"),
             (
                 "He moved to {} years ago.",
                 "The ship came from {} with goods.",
@@ -65,13 +66,13 @@ def concepts() -> dict[str, Concept]:
         "months": Concept(
             tuple(MONTHS),
             tuple(MONTHS),
-            ("The month after {} is", "The month before {} is", "She was born in {} and he was born in"),
+            ("The month after {} is", "The month before {} is"),
             ("The festival takes place in {} every year.", "He started the job in {}.", "By {} the lake was frozen."),
         ),
         "numbers": Concept(
             tuple(NUMBERS),
             tuple(NUMBERS),
-            ("After the number {} comes the number", "Before the number {} comes the number", "Not {} but"),
+            ("After the number {} comes the number", "Before the number {} comes the number"),
             ("There were {} chairs around the table.", "We waited {} days for it.", "She bought {} apples."),
         ),
     }
