@@ -1,21 +1,20 @@
-"""A model of Llama-3.1-8B's shape, random weights: prefill plain against scanned, decode plain against steered."""
+"""A model of Llama-3.1-8B's shape, random weights: prefill plain against scanned, then decoding (`gpu_decode.py`)."""
 
-import gc
 import statistics
 import time
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import nullcontext
 
+import gpu_decode
 import torch
 from gpu_kernels import segments_of
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import headwise as hw
 
 NAMES = tuple(f"part {n}" for n in range(16))
 FASTEST = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 KINDS = ("plain", "full scan", "256 sampled queries")
-STEPS = 24
 
 
 def llama(layers=32, attention="sdpa"):
@@ -71,71 +70,6 @@ def prefill(model, tokens, rounds):
     ]  # fmt: skip
 
 
-def steering(heads=32):
-    return [
-        hw.ScoreBias(keys="part 3", value=0.7, heads=list(range(heads // 2))),
-        hw.Reweight(rule=lambda masses: 1.5 - masses, groups=("part 1", "part 5"), heads=list(range(8, 24))),
-        hw.HeadGain(gain=0.5, heads=[5, 17]),
-    ]
-
-
-def filled_cache(model, tokens):
-    g, made = torch.Generator("cuda").manual_seed(0), DynamicCache()
-    for layer in range(model.config.num_hidden_layers):
-        k, v = (torch.randn(1, 8, tokens, 128, device="cuda", dtype=torch.bfloat16, generator=g) for _ in range(2))
-        made.update(k, v, layer)
-    return made
-
-
-@contextmanager
-def decoding(model, tokens, kind):
-    """One way to decode; "steered" has all three edits active in every layer."""
-    labels = torch.cat([segments_of(tokens)[0].long().cpu(), torch.full((4096,), 15)])
-    with ExitStack() as stack:
-        if kind == "plain":
-            # PyTorch's first choice is cuDNN's attention, which plans anew for every length; flash is faster here.
-            stack.enter_context(sdpa_kernel(SDPBackend.FLASH_ATTENTION))
-        if kind == "steered":
-            stack.enter_context(hw.attend(model, edits=steering(), segments=hw.Segments(NAMES, labels)))
-        yield
-
-
-@torch.no_grad()
-def generate(model, past, steps):
-    token = torch.zeros(1, 1, dtype=torch.long, device="cuda")
-    for _ in range(steps):
-        token = model(token, past_key_values=past, use_cache=True).logits[:, -1:].argmax(-1)
-    torch.cuda.synchronize()
-
-
-def decode(model, tokens, turns=30):
-    """Tokens a second with a cache of `tokens` keys, in the middle turn and in the fastest. The host launches every
-    kernel of all ways and is what they wait for; its speed changes with what else it does, so the ways take turns. The
-    first turn is not counted, and as in `timeit` Python's garbage collector pauses."""
-    kinds = ("plain", "steered", "plain, PyTorch's choice")
-    caches = {kind: filled_cache(model, tokens) for kind in kinds}
-    speeds = {kind: [] for kind in kinds}
-    for turn in range(turns + 1):
-        # The last kind is slow and of less interest.
-        for kind in kinds[: 2 if turn % 5 else 3]:
-            with decoding(model, tokens, kind):
-                generate(model, caches[kind], 3)
-                gc.disable()
-                begin = time.perf_counter()
-                generate(model, caches[kind], STEPS)
-                seconds = time.perf_counter() - begin
-                gc.enable()
-            if turn:
-                speeds[kind].append(STEPS / seconds)
-    middle, fastest = ({kind: f(x) for kind, x in speeds.items()} for f in (statistics.median, max))
-    return [
-        {"case": f"decode: {kind}", "tokens": tokens, "tokens_per_s": middle[kind],
-         "against_plain": middle[kind] / middle["plain"], "fastest_tokens_per_s": fastest[kind],
-         "fastest_against_plain": fastest[kind] / fastest["plain"], "turns": len(speeds[kind])}
-        for kind in kinds
-    ]  # fmt: skip
-
-
 @torch.no_grad()
 def eager(tokens):
     """The plain route to the same statistics: attention weights from an eager model. Two layers are enough."""
@@ -152,8 +86,9 @@ def eager(tokens):
 def run(keep):
     """All cases of the model; `keep` stores their rows as they come."""
     model = llama()
-    keep(decode(model, 32768))
-    for tokens, rounds in ((32768, 5), (131072, 3)):
+    keep(gpu_decode.token_by_token(model, 32768))
+    keep(gpu_decode.in_turns(model, 32768))
+    for tokens, rounds in ((32768, 5), (131072, 2)):
         keep(prefill(model, tokens, rounds))
     del model
     torch.cuda.empty_cache()

@@ -80,10 +80,10 @@ def reference(
     return found
 
 
-def error(found, wanted):
-    """Relative error in the 2-norm; infinities must sit in the same places."""
+def error(found, wanted, least=1e-9):
+    """Error in the 2-norm, relative to what is wanted or to `least`; infinities must sit in the same places."""
     found, wanted = found.double(), wanted.double().to(found.device)
     assert torch.equal(torch.isinf(found), torch.isinf(wanted)), "infinities differ"
     found, wanted = found.masked_fill(torch.isinf(found), 0), wanted.masked_fill(torch.isinf(wanted), 0)
     assert not torch.isnan(found).any(), "nan"
-    return float((found - wanted).norm() / wanted.norm().clamp(min=1e-9))
+    return float((found - wanted).norm() / wanted.norm().clamp(min=least))

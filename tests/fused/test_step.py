@@ -178,3 +178,25 @@ def test_a_rule_that_gives_nonsense_is_told_of_at_the_end(llama, bad):
     edit = hw.Reweight(rule=lambda m: torch.full_like(m, next(rules)), groups=("a",), layer=0)
     with pytest.raises(hw.HeadwiseError, match="negative or not finite"):
         decoded(llama, "fused", [edit], steps=2)
+
+
+def test_labels_that_must_grow_with_every_token(llama, monkeypatch):
+    wanted = decoded(llama, "dense", STEERED)[0]
+    monkeypatch.setattr("headwise.attention.label_table.SPARE", 0)
+    torch.testing.assert_close(decoded(llama, "fused", STEERED)[0], wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_launches_after_the_first_give_addresses():
+    from headwise.attention.fused_step import Launch
+
+    calls = []
+    compiled = SimpleNamespace(function=7, packed_metadata=8, run=lambda *a: calls.append(a))
+    kernel = {(1, 2, 3): lambda *a, **k: calls.append((a, k)) or compiled}
+    launch = Launch(kernel, {"num_warps": 4}, D=16)
+    changing, fixed, later = torch.zeros(1), torch.zeros(2), torch.zeros(3)
+    launch.bind(fixed, 0.5)
+    launch((1, 2, 3), 9, (changing,), (5,))
+    assert calls.pop() == ((changing, 5, fixed, 0.5), {"D": 16, "num_warps": 4})
+    launch.bind(later, 0.5)
+    launch((1, 2, 3), 9, (changing,), (5,))
+    assert calls == [(1, 2, 3, 9, 7, 8, None, None, None, changing.data_ptr(), 5, later.data_ptr(), 0.5, 16)]

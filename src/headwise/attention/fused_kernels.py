@@ -4,7 +4,8 @@ One program does the rows of one block, for one split of the keys: a stretch of 
 segments (Reweight). Every split is a complete attention over its own keys; `fused_merge.py` puts splits together.
 Rows are queries of one head, or with PACK the queries of all heads that share a key-value head, query by query.
 Masses and segment entropies are small matrix products with one-hot labels; a bias per query and key segment is one too.
-Weights enter these products as the sum of two 16-bit numbers, so 22 bits of the result are right.
+Weights enter these products as the sum of two 16-bit numbers, so 22 bits of the result are right; they are at most 1,
+and scaled up first, so that this holds for small ones too (16-bit floats end at 6e-8).
 """
 
 import triton
@@ -15,6 +16,8 @@ import triton.language as tl
 NEG = tl.constexpr(-1e30)
 START = tl.constexpr(-1e20)
 OUT_OF_REACH = tl.constexpr(-6e4)
+UP = tl.constexpr(32768.0)
+DOWN = tl.constexpr(1 / 32768.0)
 # Numbers that change from call to call (a cache grows by one key a token): no new code for each kind of them.
 VARYING = ("label_stride", "query_label_stride", "tile_stride", "bias_stride_h", "bias_stride_q", "key_bias_stride",
            "heads", "queries", "keys", "offset", "left", "right", "stretch", "groups", "G")  # fmt: skip
@@ -197,9 +200,9 @@ def forward(Q, K, V, OUT, LSE, ENTROPY, MASS, INNER, DISTANCE, DISTANCE_SQ, TOP,
             l = alpha * l + tl.sum(p, 1)
             if W_INNER:
                 inner = alpha[:, None] * (inner + (m - new)[:, None] * mass)
-                inner = split_dot(p * tl.maximum(x, -1e4), onehot, inner, EXACT)
+                inner = split_dot(p * UP * tl.maximum(x, -1e4), onehot, inner, EXACT)
             if W_MASS:
-                mass = split_dot(p, onehot, mass * alpha[:, None], EXACT)
+                mass = split_dot(p * UP, onehot, mass * alpha[:, None], EXACT)
             if W_DISTANCE:
                 gap = tl.abs(position[:, None] - column[None, :]).to(tl.float32)
                 far = alpha * far + tl.sum(p * gap, 1)
@@ -246,8 +249,9 @@ def forward(Q, K, V, OUT, LSE, ENTROPY, MASS, INNER, DISTANCE, DISTANCE_SQ, TOP,
     slot = tl.arange(0, GP)
     wide = there[:, None] & (slot < G)[None, :]
     if W_MASS:
+        mass = mass * DOWN
         tl.store(MASS + at[:, None] * G + slot[None, :], mass * norm[:, None], mask=wide)
     if W_INNER:
         some = tl.where(mass > 0, mass, 1.0)
-        within = tl.where(mass > 0, (tl.log2(some) - inner / some) * LN2, 0.0)
+        within = tl.where(mass > 0, (tl.log2(some) - inner * DOWN / some) * LN2, 0.0)
         tl.store(INNER + at[:, None] * G + slot[None, :], tl.maximum(within, 0.0), mask=wide)

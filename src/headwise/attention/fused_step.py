@@ -29,14 +29,16 @@ MOST_ENTRIES = 2**22
 """Entries of a table."""
 SPLIT_KEYS = 128
 """Keys a program should at least have."""
+data_ptr = Tensor.data_ptr
 
 
 class Launch:
     """A kernel launched again and again with arguments of the same kinds.
 
     Triton looks at every argument of a launch to find the code compiled for its kind, and at its settings; that takes
-    several times as long as the launch itself. Here only the first one does. So all numbers of the kernel must be
-    `do_not_specialize`, and pointers stay multiples of 16 bytes, or are `do_not_specialize_on_alignment`.
+    several times as long as the launch itself. Here only the first one does, and addresses go to the driver as numbers:
+    it asks about tensors. So all numbers of the kernel must be `do_not_specialize`, and pointers stay multiples of 16
+    bytes, or are `do_not_specialize_on_alignment`.
     """
 
     def __init__(self, kernel: Any, options: dict[str, int], **constants: Any):
@@ -45,11 +47,19 @@ class Launch:
         self.launch: Any = None
         self.code: tuple[Any, ...] = ()
 
-    def __call__(self, grid: tuple[int, int, int], stream: int, *arguments: Any) -> None:
+    def bind(self, *fixed: Any) -> None:
+        """The arguments that stay the same, after those that change. Only tensors of our own: nobody else gives them
+        other memory, and they live as long as their addresses are used."""
+        self.fixed = fixed
+        self.tail = *(x.data_ptr() if isinstance(x, Tensor) else x for x in fixed), *self.constants
+
+    def __call__(
+        self, grid: tuple[int, int, int], stream: int, tensors: tuple[Tensor, ...], numbers: tuple[int, ...]
+    ) -> None:
         if self.launch is not None:
-            self.launch(*grid, stream, *self.code, *arguments, *self.constants)
+            self.launch(*grid, stream, *self.code, *map(data_ptr, tensors), *numbers, *self.tail)
             return
-        compiled = self.kernel[grid](*arguments, **self.settings)
+        compiled = self.kernel[grid](*tensors, *numbers, *self.fixed, **self.settings)
         # In Triton's interpreter nothing is compiled, and every launch goes the long way.
         if compiled is not None:
             # The three that are None: metadata and hooks for profilers of Triton's own.
@@ -145,10 +155,12 @@ class FusedStep:
         self.gain = flag if tables.gain is None else tables.gain.to(device)
         programs = 2 * multiprocessors(device) // (self.batch * self.kv_heads)
         self.most = max(1, min(programs, 64))
+        self.lanes = self.batch * self.kv_heads
         self.size = self.batch * self.heads * self.most * (groups + 1) * (self.value_dim + 1)
         self.like_out = torch.empty(self.batch, 1, self.heads, self.value_dim, dtype=call.q.dtype, device=device)
         self.like_masses = torch.empty(self.batch, self.chosen, 1, groups, device=device)
         self.index, self.stream, self.reach = device.index, -1, 0
+        self.several = device.type == "cuda" and torch.cuda.device_count() > 1
         self.current_stream = triton.runtime.driver.active.get_current_stream if device.type == "cuda" else no_stream
         self.launches: dict[tuple[bool, bool, bool], tuple[Launch, Launch]] = {}
 
@@ -157,49 +169,56 @@ class FusedStep:
 
         The host is what decoding waits for: what can be known before is no work here.
         """
-        if q.is_cuda and self.index != torch.cuda.current_device():
+        if self.several and self.index != torch.cuda.current_device():
             with torch.cuda.device(self.index):
                 return self.run(q, k, v, seen)
         position, j0, left, right, valid = seen
-        keys, batch, heads, chosen, flag = k.shape[2], self.batch, self.heads, self.chosen, self.flag
+        keys = k.shape[2]
         (qb, qh, _, qd), (kb, kh, kk, kd), (vb, vh, vk, vd) = q.stride(), k.stride(), v.stride()
         if (qb | qh | kb | kh | kk | vb | vh | vk) % 8 or qd * kd * vd != 1:
             return None
-        if (q.data_ptr() | k.data_ptr() | v.data_ptr()) % 16 or (valid is not None and valid.shape != (batch, keys)):
+        if (q.data_ptr() | k.data_ptr() | v.data_ptr()) % 16:
             return None
+        if valid is not None and valid.shape != (self.batch, keys):
+            return None
+        last, stream = j0 + (keys if keys > position else position + 1), self.current_stream(self.index)
+        if last > self.reach or stream != self.stream:
+            self.settle(last, stream)
         kind = (left is None, right is None, valid is None)
         split, merge = self.launches.get(kind) or self.prepare(kind)
-        last = j0 + (keys if keys > position else position + 1)
-        if last > self.reach:
-            self.reach_to(last)
-        stream = self.current_stream(self.index)
-        if stream != self.stream:
-            self.stream = stream
-            self.room, self.done = self.scratch.room(self.device, stream, self.size, batch * self.kv_heads)
-        splits, segments, room, labels = min(self.most, -(-keys // SPLIT_KEYS)), self.segments, self.room, self.labels
-        out = torch.empty_like(self.like_out)
-        masses = factors = room if chosen == 0 else torch.empty_like(self.like_masses)
+        splits, out, rule = min(self.most, -(-keys // SPLIT_KEYS)), torch.empty_like(self.like_out), self.rule
+        masses = factors = self.flag if rule is None else torch.empty_like(self.like_masses)
         split(
-            (splits, batch * self.kv_heads, 1), stream, q, k, v, room, flag if valid is None else valid, labels,
-            self.bias, self.part_of, self.sinks, self.slot, masses, self.done, chosen, qb // 8, qh // 8, kb // 8,
-            kh // 8, kk // 8, vb // 8, vh // 8, vk // 8, self.label_stride, segments * segments, segments, keys,
-            position, j0, left or 0, right or 0, self.scale, self.softcap,
+            (splits, self.lanes, 1), stream, (q, k, v, self.sinks, self.flag if valid is None else valid, masses),
+            (qb // 8, qh // 8, kb // 8, kh // 8, kk // 8, vb // 8, vh // 8, vk // 8, keys, position, j0, left or 0,
+             right or 0),
         )  # fmt: skip
-        if self.rule is not None:
-            factors = self.rule.factors(masses)
+        if rule is not None:
+            factors = rule.factors(masses)
             if factors.dtype is not torch.float32 or factors.device != self.device or not factors.is_contiguous():
                 factors = factors.to(masses).contiguous()
-        merge(
-            (heads, batch, 1), stream, room, self.sinks, factors, self.slot, self.gain, labels, out, flag, splits,
-            chosen, j0 + position, self.label_stride, segments, self.weighed_label,
-        )  # fmt: skip
+        merge((self.heads, self.batch, 1), stream, (self.sinks, factors, out), (splits, j0 + position))
         return out
 
-    def reach_to(self, length: int) -> None:
-        """Labels for so many positions and more."""
-        self.labels = self.known.table(length, self.batch)
+    def settle(self, length: int, stream: int) -> None:
+        """Labels for so many positions and more, and room on this stream."""
+        self.stream, self.labels = stream, self.known.table(length, self.batch)
         self.reach = self.labels.shape[1]
-        self.label_stride = self.reach if self.labels.shape[0] > 1 else 0
+        self.room, self.done = self.scratch.room(self.device, stream, self.size, self.lanes)
+        for split, merge in self.launches.values():
+            self.bind(split, merge)
+
+    def bind(self, split: Launch, merge: Launch) -> None:
+        """All that is the same for every layer and token."""
+        segments, label_stride = self.segments, self.reach if self.labels.shape[0] > 1 else 0
+        split.bind(
+            self.room, self.labels, self.bias, self.part_of, self.slot, self.done, self.chosen, label_stride,
+            segments * segments, segments, self.scale, self.softcap,
+        )  # fmt: skip
+        merge.bind(
+            self.room, self.slot, self.gain, self.labels, self.flag, self.chosen, label_stride, segments,
+            self.weighed_label,
+        )  # fmt: skip
 
     def prepare(self, without: tuple[bool, bool, bool]) -> tuple[Launch, Launch]:
         """The two launches for masks without a left bound, a right bound, padding."""
@@ -222,5 +241,6 @@ class FusedStep:
             HAS_GAIN=self.tables.gain is not None, ONE_LABEL=self.tables.weighed_label is not None, DV=self.value_dim,
             DVP=wide[1], SP=stretches, BR=min(128, stretches),
         )  # fmt: skip
+        self.bind(split, merge)
         self.launches[without] = split, merge
         return split, merge

@@ -4,7 +4,7 @@
 Reweight and one more for the keys of no group: 16 rows are the least the tensor cores take, so the groups cost nothing.
 The program that is done last puts the stretches' log-sum-exps together to the groups' masses, for Reweight's rule.
 `step_merge` puts the stretches' outputs together. Every launch costs the host as much as five lines of Python, and the
-host is what decoding waits for.
+host is what decoding waits for. Arguments that change from launch to launch come first.
 """
 
 import triton
@@ -14,9 +14,9 @@ from headwise.attention.fused_kernels import LOG2E, NEG, START, raw_scores
 
 # Strides come in units of this many entries: so the compiler knows that rows of keys begin at multiples of 16 bytes.
 UNIT = tl.constexpr(8)
-SPLIT_NUMBERS = ("chosen", "sq_b", "sq_h", "sk_b", "sk_h", "sk_k", "sv_b", "sv_h", "sv_k", "label_stride", "bias_h",
-                 "bias_q", "keys", "position", "j0", "left", "right")  # fmt: skip
-MERGE_NUMBERS = ("splits", "chosen", "query_at", "label_stride", "segments", "weighed_label")
+SPLIT_NUMBERS = ("sq_b", "sq_h", "sk_b", "sk_h", "sk_k", "sv_b", "sv_h", "sv_k", "keys", "position", "j0", "left",
+                 "right", "chosen", "label_stride", "bias_h", "bias_q")  # fmt: skip
+MERGE_NUMBERS = ("splits", "query_at", "chosen", "label_stride", "segments", "weighed_label")
 
 
 @triton.jit
@@ -36,9 +36,8 @@ def put_together(LSE, SINKS, row, head, count, HAS_SINKS: tl.constexpr, SP: tl.c
 
 
 @triton.jit(do_not_specialize=SPLIT_NUMBERS, do_not_specialize_on_alignment=("VALID", "SINKS"))
-def step_split(Q, K, V, ROOM, VALID, LABELS, BIAS, PART_OF, SINKS, SLOT, MASSES, DONE, chosen,
-               sq_b, sq_h, sk_b, sk_h, sk_k, sv_b, sv_h, sv_k, label_stride, bias_h, bias_q,
-               keys, position, j0, left, right, scale, cap,
+def step_split(Q, K, V, SINKS, VALID, MASSES, sq_b, sq_h, sk_b, sk_h, sk_k, sv_b, sv_h, sv_k, keys, position, j0, left,
+               right, ROOM, LABELS, BIAS, PART_OF, SLOT, DONE, chosen, label_stride, bias_h, bias_q, scale, cap,
                KV: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr, HAS_LEFT: tl.constexpr,
                HAS_RIGHT: tl.constexpr, HAS_VALID: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SINKS: tl.constexpr,
                SOFTCAP: tl.constexpr, EXACT: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr,
@@ -133,9 +132,9 @@ def step_split(Q, K, V, ROOM, VALID, LABELS, BIAS, PART_OF, SINKS, SLOT, MASSES,
                 tl.store(mass_at + number, tl.sum(tl.where(group == number, a, 0.0), 1), mask=slot >= 0)
 
 
-@triton.jit(do_not_specialize=MERGE_NUMBERS, do_not_specialize_on_alignment=("SINKS", "FACTORS"))
-def step_merge(ROOM, SINKS, FACTORS, SLOT, GAIN, LABELS, OUT, FLAG,
-               splits, chosen, query_at, label_stride, segments, weighed_label,
+@triton.jit(do_not_specialize=MERGE_NUMBERS, do_not_specialize_on_alignment=("FACTORS", "SINKS"))
+def step_merge(SINKS, FACTORS, OUT, splits, query_at,
+               ROOM, SLOT, GAIN, LABELS, FLAG, chosen, label_stride, segments, weighed_label,
                H: tl.constexpr, PARTS: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_GAIN: tl.constexpr,
                ONE_LABEL: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, SP: tl.constexpr,
                BR: tl.constexpr):  # fmt: skip
