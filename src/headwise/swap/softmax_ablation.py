@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -14,7 +15,18 @@ from headwise.swap.attention import Attention, Heads
 from headwise.swap.parts.numerators import Numerator
 from headwise.swap.parts.positions import Places, Position, Rope
 
-NORMS = ("l2", "rms", "layer")
+
+class Unit(nn.Module):
+    """Every vector to length 1."""
+
+    def __init__(self, _width: int):
+        super().__init__()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.normalize(x, dim=-1)
+
+
+NORMS: dict[str, Callable[[int], nn.Module]] = {"l2": Unit, "rms": nn.RMSNorm, "layer": nn.LayerNorm}
 ROWS = ("sum", "clamp", "detach", "count", "none")
 
 
@@ -52,15 +64,14 @@ class SoftmaxAblation(Attention):
         position: Position | None = None,
         **parts: Any,
     ):
-        if normaliser not in NORMS + ROWS:
-            raise HeadwiseError(f"normaliser: one of {', '.join(ROWS + NORMS)}; got {normaliser!r}.")
+        if normaliser not in (*ROWS, *NORMS):
+            raise HeadwiseError(f"normaliser: one of {', '.join((*ROWS, *NORMS))}; got {normaliser!r}.")
         divide: Any = normaliser
         if normaliser in NORMS:
             divide = "sum" if numerator == "exp" else "count"
         rows = Numerator(numerator, divide, order, clamp)
         super().__init__(dim, heads, kv_heads, head_dim, normaliser=rows, position=position or Rope(), **parts)
-        norms = {"l2": Unit, "rms": lambda: nn.RMSNorm(self.value_dim), "layer": lambda: nn.LayerNorm(self.value_dim)}
-        self.z_norm: nn.Module = norms.get(normaliser, nn.Identity)()
+        self.z_norm = NORMS.get(normaliser, nn.Identity)(self.value_dim)
         self.in_gate = nn.Linear(dim, self.kv_heads) if in_gate else None
         self.out_gate = nn.Linear(dim, heads) if out_gate else None
 
@@ -81,10 +92,3 @@ class SoftmaxAblation(Attention):
 
 def opened(gate: nn.Module, x: Float[Tensor, "batch token dim"]) -> Float[Tensor, "batch heads token one"]:
     return torch.sigmoid(gate(x)).transpose(1, 2)[..., None]
-
-
-class Unit(nn.Module):
-    """Every vector to length 1."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.normalize(x, dim=-1)

@@ -73,8 +73,8 @@ class TaylorRNN(SoftmaxAblation):
         q, k, v = self.project(x, x, here)
         kept = own_keys(self.visible(mask, len(x)), here.first, x.shape[1])
         kept = torch.ones_like(x[:, :, 0], dtype=torch.bool) if kept is None else kept.expand(len(x), -1)
-        pieces = zip(*(t.split(BLOCK, 2) for t in (q, k, v)), kept.split(BLOCK, 1), strict=True)
-        z = torch.cat([self.step(*piece, entries) for piece in pieces], 2)
+        blocks = zip(*(t.split(BLOCK, 2) for t in (q, k, v)), kept.split(BLOCK, 1), strict=True)
+        z = torch.cat([self.step(q, k, v, kept, entries) for q, k, v, kept in blocks], 2)
         entries.length += x.shape[1]
         return self.combine(z.to(v), x)
 

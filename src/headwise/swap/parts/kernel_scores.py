@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -20,7 +21,7 @@ class KernelScore(Score):
 
     def __init__(self, kernel: Literal["identity", "elu1", "relu", "mlp"], dim: int):
         super().__init__()
-        made = {
+        made: dict[str, Callable[[], nn.Module]] = {
             "identity": nn.Identity,
             "elu1": Elu1,
             "relu": nn.ReLU,
