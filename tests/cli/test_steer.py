@@ -43,3 +43,26 @@ def test_mistakes_are_told_in_a_sentence(headwise_cli, tiny, tmp_path):
         answer = headwise_cli(*asked)
         assert answer.code == 2
         assert said in answer.err
+
+
+def test_calibrate_writes_a_recipe(headwise_cli, tiny, tmp_path):
+    recipe, examples = tmp_path / "recipe.json", tmp_path / "examples.jsonl"
+    rows = [{"prompt": "the cat sat on", "answer": " a", "segments": {"emphasis": "cat"}}]
+    rows += [{"prompt": "a dog saw", "answer": " it", "options": [" it", " a"], "segments": {"emphasis": "dog"}}]
+    examples.write_text("\n".join(map(json.dumps, rows)))
+    asked = ("steer", "calibrate", tiny, "emphasis", "--examples", examples, "--out", recipe)
+    said = headwise_cli(*asked, "--grid", "alpha=[0.9,0.1]")
+    assert said.code == 0, said.err
+    [method] = json.loads(recipe.read_text())["methods"]
+    assert method["settings"]["alpha"] in (0.9, 0.1)
+    assert headwise_cli("generate", tiny, *PROMPT, "--span", "cat", "--steer", recipe).code == 0
+    own = ("steer", "calibrate", tiny, "zero_tuning", "--examples", examples, "--out", recipe, "--with", "share=0.25")
+    assert headwise_cli(*own).code == 0
+    for change, told in (
+        (("--grid", "alpha=0.1"), "NAME=[VALUE, ...]"),
+        (("--with", "steps"), "--with steps"),
+        (("--with", "steps=2"), "steps goes to"),
+    ):
+        answer = headwise_cli(*asked, *change)
+        assert answer.code == 2
+        assert told in answer.err

@@ -1,4 +1,4 @@
-"""`headwise steer`: the methods there are, and what one does to a model's text."""
+"""`headwise steer`: the methods there are, what one does to a model's text, and one made ready on examples."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from headwise.files import check_writable
 if TYPE_CHECKING:
     from headwise.steer import Method
 
-app = typer.Typer(name="steer", help="Steering methods: list them, try one.", no_args_is_help=True)
+app = typer.Typer(name="steer", help="Steering methods: list them, try one, calibrate one.", no_args_is_help=True)
 
 
 @app.command("list")
@@ -75,6 +75,50 @@ def attempt(
     if save is not None:
         path = hw.steer.Recipe.of(opened, chosen).save(save)
         out.print(f"wrote {path}", markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command("calibrate")
+def calibrated(
+    model: Annotated[str, typer.Argument(help="zoo:llm, a hub id, a folder or a GGUF file.")],
+    method: Annotated[str, typer.Argument(help="A name that `headwise steer list` shows.")],
+    examples: Annotated[
+        Path, typer.Option(help='JSON lines with "prompt" and "answer", and if wanted "options" and "segments".')
+    ],
+    save: Annotated[Path, typer.Option("--out", help="The recipe: a .json file for `headwise generate`.")],
+    settings: Annotated[list[str] | None, typer.Option("--set", help="NAME=VALUE, a setting to start from.")] = None,
+    grid: Annotated[
+        list[str] | None, typer.Option("--grid", help="NAME=[VALUE, ...], a setting to search, with values to try.")
+    ] = None,
+    given: Annotated[
+        list[str] | None, typer.Option("--with", help="NAME=VALUE, an argument of the method's own calibrate.")
+    ] = None,
+) -> None:
+    """Make a method ready on examples whose answers are known, and write its recipe."""
+    check_writable(save)
+    hush()
+    import headwise as hw
+
+    chosen, solved = made(method, settings or []), hw.steer.read_examples(examples)
+    space, options = named("--grid", grid), named("--with", given)
+    if any(not isinstance(values, tuple) for values in space.values()):
+        raise HeadwiseError("--grid: wanted NAME=[VALUE, ...], such as alpha=[1.0,0.1].")
+    with err.status(f"opening {model}"):
+        opened = hw.open_model(model)
+    with err.status(f"calibrating on {len(solved)} examples"):
+        ready = hw.steer.calibrate(opened, chosen, solved, grid=space or None, **options)
+    path = hw.steer.Recipe.of(opened, ready).save(save)
+    out.print(f"{ready}\nwrote {path}", markup=False, highlight=False, soft_wrap=True)
+
+
+def named(option: str, given: list[str] | None) -> dict[str, Any]:
+    """NAME=VALUE settings as a mapping."""
+    found = {}
+    for setting in given or []:
+        key, equals, value = setting.partition("=")
+        if not equals or not key.isidentifier():
+            raise HeadwiseError(f"{option} {setting}: wanted NAME=VALUE.")
+        found[key] = _value(value)
+    return found
 
 
 def made(name: str, settings: list[str]) -> Method:

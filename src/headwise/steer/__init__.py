@@ -7,11 +7,13 @@
 from headwise.steer.act import ACT
 from headwise.steer.attention_buckets import AttentionBuckets
 from headwise.steer.attn_rank import FlattenBasin, attn_rank, rerank
+from headwise.steer.calibration import calibrate
 from headwise.steer.catalogue import METHODS
 from headwise.steer.choices import Choice, accuracy, option_entropy, option_logprobs
 from headwise.steer.choose_buckets import choose_buckets
 from headwise.steer.concept_heads import ConceptHeads, concept_scores, concept_tokens
 from headwise.steer.emphasis import Emphasis
+from headwise.steer.examples import Example, read_examples
 from headwise.steer.first_token import first_token_leverage, first_token_slopes
 from headwise.steer.focus_directions import Focus, FocusDirections
 from headwise.steer.force_attention import ForceAttention
@@ -37,6 +39,7 @@ __all__ = [
     "Choice",
     "ConceptHeads",
     "Emphasis",
+    "Example",
     "FlattenBasin",
     "Focus",
     "FocusDirections",
@@ -57,6 +60,7 @@ __all__ = [
     "accuracy",
     "apply",
     "attn_rank",
+    "calibrate",
     "choose_buckets",
     "concept_scores",
     "concept_tokens",
@@ -69,6 +73,7 @@ __all__ = [
     "option_entropy",
     "option_logprobs",
     "place_attention",
+    "read_examples",
     "rerank",
     "somp",
     "task_embedding",

@@ -15,7 +15,7 @@ from headwise.attention import Edit, ScoreBias
 from headwise.errors import HeadwiseError
 from headwise.models import Opened
 from headwise.paper import Paper
-from headwise.steer.method import Method
+from headwise.steer.method import Method, Space
 
 PAPER = Paper("Attention Basin: Why Contextual Position Matters in Large Language Models", "2508.05128")
 T = TypeVar("T")
@@ -55,6 +55,7 @@ class FlattenBasin(Method):
     profile: tuple[float, ...]
     strength: float = 1.0
     what: ClassVar[str] = "the same attention for every place of a list"
+    space: ClassVar[Space] = {"strength": (0.0, 0.25, 0.5, 1.0)}
     paper: ClassVar[Paper] = PAPER
 
     def __post_init__(self) -> None:

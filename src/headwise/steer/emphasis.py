@@ -14,7 +14,7 @@ from headwise.attention import Edit, ScoreBias
 from headwise.errors import HeadwiseError
 from headwise.models import Opened
 from headwise.paper import Paper
-from headwise.steer.method import Heads, Method, pairs
+from headwise.steer.method import Heads, Method, Space, pairs
 from headwise.steer.pattern_mask import Keys, any_keys
 
 
@@ -29,6 +29,7 @@ class Emphasis(Method):
     heads: Heads = None
     queries: str | None = None
     what: ClassVar[str] = "emphasis on a span of the prompt"
+    space: ClassVar[Space] = {"alpha": (1.0, 0.5, 0.2, 0.1, 0.03, 0.01)}
     paper: ClassVar[Paper] = Paper(
         "Tell Your Model Where to Attend: Post-hoc Attention Steering for LLMs", "2311.02262"
     )

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -23,6 +23,8 @@ from headwise.patterns import HeadPattern
 
 Heads = Sequence[tuple[int, int]] | HeadPattern | None
 """(layer, head) pairs, or a pattern that a scan found (all of its heads); None stands for every head."""
+Space = Mapping[str, Sequence[Any]]
+"""Settings with the values to try."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,8 @@ class Method:
 
     paper: ClassVar[Paper] = Paper("", "")
     what: ClassVar[str] = ""
+    space: ClassVar[Space] = {}
+    """Settings that `steer.calibrate` searches, with the values it tries: the one that changes nothing first."""
 
     @property
     def name(self) -> str:

@@ -10,7 +10,7 @@ from headwise.attention import Edit, HeadGain
 from headwise.errors import HeadwiseError
 from headwise.models import Opened
 from headwise.paper import Paper
-from headwise.steer.method import Heads, Method, pairs
+from headwise.steer.method import Heads, Method, Space, pairs
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,7 @@ class ScaleHeads(Method):
     gain: float = 0.0
     tokens: str | None = None
     what: ClassVar[str] = "heads made stronger, weaker, or masked out"
+    space: ClassVar[Space] = {"gain": (1.0, 0.0, 0.5, 1.5, 2.0)}
     paper: ClassVar[Paper] = Paper("Are Sixteen Heads Really Better than One?", "1905.10650")
 
     def __post_init__(self) -> None:

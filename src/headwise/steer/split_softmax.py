@@ -17,7 +17,7 @@ from headwise.attention import Edit, Reweight
 from headwise.errors import HeadwiseError
 from headwise.models import Opened
 from headwise.paper import Paper
-from headwise.steer.method import Heads, Method, pairs
+from headwise.steer.method import Heads, Method, Space, pairs
 
 EPS = 1e-6
 """A query with less mass than this inside or outside of the span is left alone: there is nothing to share out."""
@@ -33,6 +33,7 @@ class SplitSoftmax(Method):
     heads: Heads = None
     queries: str | None = None
     what: ClassVar[str] = "the mass on a span raised to a power"
+    space: ClassVar[Space] = {"tau": (1.0, 0.8, 0.6, 0.4, 1.5)}
     paper: ClassVar[Paper] = Paper(
         "Focus Directions Make Your Language Models Pay More Attention to Relevant Contexts", "2503.23306"
     )

@@ -15,7 +15,7 @@ from headwise.attention import Edit, ScoreBias
 from headwise.errors import HeadwiseError
 from headwise.models import Opened
 from headwise.paper import Paper
-from headwise.steer.method import Heads, Method, pairs
+from headwise.steer.method import Heads, Method, Space, pairs
 
 DROPPED = -1e4
 """The bias that stands for a gain of 0: the segment gets nothing, and a query that sees nothing else keeps it."""
@@ -33,6 +33,7 @@ class TokenScale(Method):
     heads: Heads = None
     queries: str | None = None
     what: ClassVar[str] = "more or less attention to a segment"
+    space: ClassVar[Space] = {"gain": (1.0, 0.25, 0.5, 0.75, 1.5, 2.0, 3.0, 4.0)}
     paper: ClassVar[Paper] = Paper(
         "ZeroTuning: Unlocking the Initial Token's Power to Enhance Large Language Models Without Training",
         "2505.11739",
