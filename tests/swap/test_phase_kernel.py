@@ -71,3 +71,7 @@ def test_bad_sizes_are_refused():
     q = torch.zeros(1, 1, 4, 32)
     with pytest.raises(HeadwiseError, match=r"0 < amplitude_dims < dim <= 256; got 32 of 32"):
         phase_attention(q, q, q, 32)
+
+
+def test_far_from_the_diagonal_the_series_is_as_good_as_the_table():
+    compare((1, 1, 70, 1100, 32, 16, 16, True, 1030, False), torch.float32, 5e-6)

@@ -35,7 +35,7 @@ def phase_attention(
             f"phase_attention wants 0 < amplitude_dims < dim <= 256; got {amplitude_dims} of {q.shape[-1]} dims."
         )
     table = powers(q.shape[2] + offset + k.shape[2], float(alpha), q.device)
-    return _Phase.apply(q, k, v, amplitude_dims, causal, int(offset), key_valid, table)
+    return _Phase.apply(q, k, v, amplitude_dims, causal, int(offset), key_valid, table, float(alpha))
 
 
 @lru_cache(maxsize=8)
@@ -48,11 +48,11 @@ def powers(count: int, alpha: float, device: torch.device) -> Float[Tensor, " di
 
 class _Phase(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, dims, causal, offset, key_valid, table):  # type: ignore[no-untyped-def]
+    def forward(ctx, q, k, v, dims, causal, offset, key_valid, table, alpha):  # type: ignore[no-untyped-def]
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
         out = token_major(q, v.shape[-1])
         lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-        given = Given(q, k, v, dims, causal, offset, key_valid, table, lse)
+        given = Given(q, k, v, dims, causal, offset, key_valid, table, alpha, lse)
         given.queries(None, lse, out)
         ctx.save_for_backward(out)
         ctx.given = given
@@ -67,22 +67,23 @@ class _Phase(torch.autograd.Function):
         dq, dk, dv = (token_major(x, x.shape[-1]) for x in (ctx.given.q, ctx.given.k, ctx.given.v))
         ctx.given.queries(do, delta, dq)
         ctx.given.keys(do, delta, dk, dv)
-        return dq, dk, dv, *[None] * 5
+        return dq, dk, dv, *[None] * 6
 
 
 class Given:
     """A call's tensors and settings, and its two kernels."""
 
-    def __init__(self, q, k, v, dims, causal, offset, key_valid, table, lse):  # type: ignore[no-untyped-def]
+    def __init__(self, q, k, v, dims, causal, offset, key_valid, table, alpha, lse):  # type: ignore[no-untyped-def]
         self.q, self.k, self.v, self.dims, self.table, self.lse = q, k, v, dims, table, lse
         exact, rest = q.dtype == torch.float32, q.shape[-1] - dims
         self.valid = q if key_valid is None else key_valid.contiguous().view(torch.uint8)
-        self.numbers = (q.shape[1], q.shape[2], k.shape[2], offset, dims**-0.5, rest**-0.5)
+        self.numbers = (q.shape[1], q.shape[2], k.shape[2], offset, dims**-0.5, rest**-0.5, alpha)
         small = exact or max(q.shape[-1], v.shape[-1]) > 128
         self.kinds = dict(
             group=q.shape[1] // k.shape[1], CAUSAL=causal, HAS_VALID=key_valid is not None, EXACT=exact,
             FAST=not triton.knobs.runtime.interpret, DA=dims, DAP=padded(dims), DP=rest, DPP=padded(rest),
             DV=v.shape[-1], DVP=padded(v.shape[-1]), BM=32 if small else 64, BN=32 if small else 64,
+            num_warps=4, num_stages=2,
         )  # fmt: skip
 
     def parts(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -92,10 +93,13 @@ class Given:
         batch, heads, queries, _ = self.q.shape
         given = self.v if do is None else do
         first, second = (out, out) if do is None else self.parts(out)
-        phase_queries[(triton.cdiv(queries, self.kinds["BM"]), batch * heads)](
+        kinds = self.kinds
+        if do is None and kinds["BM"] == 64:
+            kinds = {**kinds, "BM": 128, "num_warps": 8}  # the backward has no registers left for that
+        phase_queries[(triton.cdiv(queries, kinds["BM"]), batch * heads)](
             *self.parts(self.q), *self.parts(self.k), self.v, given, delta, self.lse, self.table, self.valid, first,
             second, *self.q.stride()[:3], *self.k.stride()[:3], *self.v.stride()[:3], *given.stride()[:3],
-            *out.stride()[:3], *self.numbers, BACKWARD=do is not None, **self.kinds,
+            *out.stride()[:3], *self.numbers, BACKWARD=do is not None, **kinds,
         )  # fmt: skip
 
     def keys(self, do: Tensor, delta: Tensor, dk: Tensor, dv: Tensor) -> None:
