@@ -83,7 +83,7 @@ class Given:
             group=q.shape[1] // k.shape[1], CAUSAL=causal, HAS_VALID=key_valid is not None, EXACT=exact,
             FAST=not triton.knobs.runtime.interpret, DA=dims, DAP=padded(dims), DP=rest, DPP=padded(rest),
             DV=v.shape[-1], DVP=padded(v.shape[-1]), BM=32 if small else 64, BN=32 if small else 64,
-            num_warps=4, num_stages=2,
+            num_warps=4 if small else 8, num_stages=2,
         )  # fmt: skip
 
     def parts(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -95,7 +95,7 @@ class Given:
         first, second = (out, out) if do is None else self.parts(out)
         kinds = self.kinds
         if do is None and kinds["BM"] == 64:
-            kinds = {**kinds, "BM": 128, "num_warps": 8}  # the backward has no registers left for that
+            kinds = {**kinds, "BM": 128}  # the backward has no registers left for that
         phase_queries[(triton.cdiv(queries, kinds["BM"]), batch * heads)](
             *self.parts(self.q), *self.parts(self.k), self.v, given, delta, self.lse, self.table, self.valid, first,
             second, *self.q.stride()[:3], *self.k.stride()[:3], *self.v.stride()[:3], *given.stride()[:3],
