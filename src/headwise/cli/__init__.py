@@ -17,11 +17,12 @@ from headwise.cli.patterns import app as patterns
 from headwise.cli.scan import scan
 from headwise.cli.steer import app as steer
 from headwise.cli.study import app as study
+from headwise.cli.swap import app as swap
 from headwise.errors import HeadwiseError
 
 app = typer.Typer(
     name="headwise",
-    help="Scan, steer and study the attention heads of any model, at the speed of flash attention.",
+    help="Scan, steer, swap and study the attention heads of any model, at the speed of flash attention.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -33,6 +34,7 @@ app.add_typer(models)
 app.add_typer(patterns)
 app.add_typer(steer)
 app.add_typer(study)
+app.add_typer(swap)
 
 
 def main() -> None:

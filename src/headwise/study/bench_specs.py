@@ -1,0 +1,93 @@
+"""Mechanisms with settings, as the swap bench is told them in one word.
+
+attention                                  a name that `headwise swap list` shows
+attention:position=Rope:qk_norm=true       settings after colons, values as JSON has them; other words are names
+attention:normaliser=Entmax(2.0)           a part, by its class in `headwise.swap`, with its arguments
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from headwise import swap
+from headwise.errors import HeadwiseError
+
+BASELINE = "attention"
+"""Softmax attention as it is made without settings."""
+PARTS = {"score": swap.Score, "normaliser": swap.Normaliser, "position": swap.Position}
+Wanted = str | type[swap.Mechanism]
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One mechanism with its settings."""
+
+    label: str
+    kind: type[swap.Mechanism]
+    settings: tuple[tuple[str, str], ...] = ()
+
+    @classmethod
+    def of(cls, wanted: Wanted) -> Spec:
+        """From a word of the command line, or a class (one's own, too: importable, for `jobs`)."""
+        if isinstance(wanted, type) and issubclass(wanted, swap.Mechanism):
+            return cls(wanted.key(), wanted)
+        name, *rest = split(wanted, ":")
+        if name not in swap.MECHANISMS:
+            raise HeadwiseError(f"mechanisms: one of {', '.join(swap.MECHANISMS)}; got {name!r}.")
+        settings = tuple(tuple(part.partition("=")[::2]) for part in rest)
+        if not all(key.isidentifier() and value for key, value in settings):
+            raise HeadwiseError(f"mechanisms: wanted name:setting=value:setting=value; got {wanted!r}.")
+        return cls(wanted, swap.MECHANISMS[name], settings)
+
+    def make(self, dim: int, heads: int, causal: bool) -> swap.Mechanism:
+        own = {key: value_of(text) for key, text in self.settings}  # new parts for every layer
+        for key, value in own.items():
+            if key in PARTS and isinstance(value, torch.nn.Module) and not isinstance(value, PARTS[key]):
+                raise HeadwiseError(f"mechanisms: {type(value).__name__} is no {key} in {self.label!r}.")
+        try:
+            return self.kind(dim, heads, causal=causal, **own)
+        except TypeError as error:
+            raise HeadwiseError(f"mechanisms: {self.label!r} can't be made: {error}.") from None
+
+
+def specs_of(mechanisms: str | Sequence[Wanted]) -> list[Spec]:
+    """All of them, softmax attention first. A string is a list with commas; "all" means every one there is."""
+    if isinstance(mechanisms, str):
+        mechanisms = list(swap.MECHANISMS) if mechanisms == "all" else split(mechanisms, ",")
+    specs = {spec.label: spec for spec in map(Spec.of, [BASELINE, *mechanisms])}
+    return list(specs.values())
+
+
+def split(text: str, separator: str) -> list[str]:
+    """At separators outside of brackets.
+
+    >>> split("a:b=C(1, 2),d", ",")
+    ['a:b=C(1, 2)', 'd']
+    """
+    return [part.strip() for part in re.split(rf"{separator}(?![^(\[]*[)\]])", text) if part.strip()]
+
+
+def value_of(text: str) -> Any:
+    """A value as JSON has it, a part of the swap room, or a word."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        pass
+    name, _, arguments = text.partition("(")
+    kind = getattr(swap, name, None)
+    if not (isinstance(kind, type) and issubclass(kind, swap.Score | swap.Normaliser | swap.Position)):
+        return text
+    try:
+        call = ast.parse(text if arguments else f"{text}()", mode="eval").body
+        assert isinstance(call, ast.Call)
+        given = [ast.literal_eval(a) for a in call.args]
+        return kind(*given, **{k.arg: ast.literal_eval(k.value) for k in call.keywords if k.arg})
+    except (SyntaxError, ValueError, TypeError) as error:
+        raise HeadwiseError(f"mechanisms: the part {text!r} can't be made: {error}.") from None
