@@ -6,6 +6,7 @@ import torch
 
 import headwise as hw
 from headwise import steer
+from headwise.cli.generate import written
 from headwise.models import Opened
 from tests.scan.models import llama
 
@@ -99,6 +100,17 @@ def test_sinks_found_in_the_prompt_stay_while_it_goes_on(opened: Opened) -> None
             for _ in range(4):
                 ids = torch.cat([ids, opened.model(ids).logits[:, -1].argmax(-1, keepdim=True)], 1)
     assert torch.equal(found, ids)
+
+
+def test_the_command_line_shows_it_the_prompt_first(opened: Opened) -> None:
+    act = steer.ACT(threshold=0.05, min_queries=2)
+    prompt = "the family was so much pleased with the house and the large garden of the man"
+    batch = opened.encode(prompt)
+    with steer.apply(opened, act.prepare(opened, batch)):
+        ids = opened.model.generate(**batch, max_new_tokens=4, do_sample=False)
+    wanted = opened.decode(ids[0, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert written(opened, prompt, None, 4, [act]) == wanted
+    assert steer.TokenScale().prepare(opened, batch) == steer.TokenScale()
 
 
 def test_calibration_keeps_heads_that_help(opened: Opened) -> None:

@@ -54,7 +54,8 @@ def written(opened: Opened, prompt: str, span: str | None, tokens: int, methods:
     segments = None if span is None else spanned(opened, prompt, span)
     asked: dict[str, Any] = {**batch, "max_new_tokens": tokens, "do_sample": False}
     if methods:
-        with hw.steer.apply(opened, *methods, segments=segments):
+        ready = [method.prepare(opened, batch) for method in methods]
+        with hw.steer.apply(opened, *ready, segments=segments):
             found = opened.model.generate(**asked)
     else:
         found = opened.model.generate(**asked)

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from torch import nn
 
@@ -43,6 +43,10 @@ class Method:
     def lacks(self, opened: Opened) -> str | None:
         """What the model would need for this method, or None when it has it."""
         return None
+
+    def prepare(self, opened: Opened, batch: Mapping[str, Any]) -> Self:
+        """The method made ready for one prompt; a method that does not look at prompts is ready as it is."""
+        return self
 
     def edits(self, opened: Opened) -> list[Edit]:
         """The changes of attention calls. A setting that changes nothing gives none, so that the model stays bit-equal
