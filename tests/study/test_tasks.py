@@ -12,7 +12,7 @@ import headwise as hw
 from headwise import steer
 from headwise.models import Opened
 from headwise.study import tasks
-from headwise.study.evaluate import difference, evaluate, perplexity, place_curve, scores
+from headwise.study.evaluate import Asked, difference, evaluate, perplexity, place_curve
 
 
 @pytest.fixture(scope="module")
@@ -96,14 +96,39 @@ def test_evaluation_compares_the_same_examples(opened: Opened) -> None:
     change = difference(table, "more")
     assert change.low <= change.mean <= change.high
     wanted = [float(steer.option_logprobs(opened, e)[0]) for e in examples]
-    np.testing.assert_allclose(table[table["setting"] == "plain"]["logp"], wanted, atol=1e-6)
+    np.testing.assert_allclose(table[table["setting"] == "plain"]["logp"], wanted, atol=1e-4)
+
+
+LAST_ONLY = [
+    steer.Knockout("giver", queries="last"),
+    steer.ForceAttention((2, 5), queries="last"),
+    steer.FoundInTheMiddle(("giver", "receiver"), (0.0, 1.0)),
+    steer.SplitSoftmax("giver", 0.3, queries="last"),
+]
+MORE = [steer.Emphasis("giver", alpha=0.01), steer.ScaleHeads(gain=0.0), steer.FocusDirections(torch.ones(2, 4, 8))]
+
+
+def test_what_stands_before_the_last_token_is_read_once(opened: Opened) -> None:
+    [example] = tasks.ioi(0, 1)
+    asked, length = Asked(opened, example), len(opened.encode(example.prompt)["input_ids"][0])
+    read = []
+    hook = opened.model.register_forward_pre_hook(
+        lambda m, a, k: read.append(k["input_ids"].shape[1]), with_kwargs=True
+    )
+    found = [asked.scores(methods) for methods in ([], *([m] for m in LAST_ONLY), *([m] for m in MORE))]
+    hook.remove()
+    assert read == [length - 1, *[1] * 5, *[length] * 3]
+    for method, scores in zip([*LAST_ONLY, *MORE], found[1:], strict=True):
+        with steer.apply(opened, method, segments=example.segments(opened)), torch.no_grad():
+            whole = opened.model(opened.encode(example.prompt)["input_ids"]).logits[0, -1].log_softmax(-1)
+        torch.testing.assert_close(scores, whole[torch.stack([text[-1] for text in asked.texts])], atol=1e-4, rtol=0)
 
 
 def test_options_of_several_tokens_are_steered_to_their_end(opened: Opened) -> None:
     [example] = tasks.ioi(0, 1)
     longer = replace(example, options=(" the family was", " a man of large fortune"))
     method = steer.Emphasis("receiver", alpha=0.01)
-    found = scores(opened, longer, [method])
+    found = Asked(opened, longer).scores([method])
     for option, score in zip(longer.options, found, strict=True):
         text = opened.encode(longer.prompt + option)["input_ids"]
         start = opened.encode(longer.prompt)["input_ids"].shape[1]
@@ -111,7 +136,7 @@ def test_options_of_several_tokens_are_steered_to_their_end(opened: Opened) -> N
             chances = opened.model(text).logits[0].log_softmax(-1)
         wanted = sum(chances[n - 1, text[0, n]] for n in range(start, text.shape[1]))
         assert score == pytest.approx(wanted.item(), abs=1e-4)
-    assert (found - scores(opened, longer)).abs().min() > 1e-3
+    assert (found - Asked(opened, longer).scores()).abs().min() > 1e-3
 
 
 def test_a_score_per_byte_does_not_favour_short_options(opened: Opened) -> None:

@@ -8,18 +8,20 @@ place_curve(table)                          # by the place of the gold document
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
-from typing import Literal, NamedTuple
+from contextlib import AbstractContextManager, nullcontext
+from copy import deepcopy
+from functools import cached_property
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from headwise.errors import HeadwiseError
 from headwise.models import Opened, Segments
-from headwise.steer import Method, apply, option_logprobs
+from headwise.steer import Method, apply
 from headwise.study.tasks import Example
 
 PLAIN = "plain"
@@ -48,8 +50,9 @@ def evaluate(
         if example.gold is None:
             raise HeadwiseError("evaluate wants examples whose gold is known.")
         length = torch.tensor([1 if per == "option" else len(option.encode()) for option in example.options])
+        asked = Asked(opened, example)
         for name, setting in {PLAIN: (), **settings}.items():
-            found = scores(opened, example, setting(example) if callable(setting) else setting).cpu() / length
+            found = asked.scores(setting(example) if callable(setting) else setting).cpu() / length
             rows.append(
                 {
                     "setting": name,
@@ -63,25 +66,58 @@ def evaluate(
     return pd.DataFrame(rows)
 
 
-def scores(opened: Opened, example: Example, methods: Sequence[Method] = ()) -> Float[Tensor, " option"]:
-    """Log-probability of each option under the methods, which may speak of the example's segments. The tokens of an
-    option, where it has several, are "generated"."""
-    if not methods:
-        return option_logprobs(opened, example)
-    segments = example.segments(opened)
-    prompt = opened.encode(example.prompt)["input_ids"][0]
-    texts = [opened.encode(example.prompt + option)["input_ids"][0] for option in example.options]
-    if all(len(text) == len(prompt) + 1 for text in texts):
-        with apply(opened, *methods, segments=segments):
-            return option_logprobs(opened, example)
-    found = []
-    for text in texts:
+class Asked:
+    """An example as the model reads it. What stands before its last token is read once, for all methods that change
+    nothing there."""
+
+    def __init__(self, opened: Opened, example: Example):
+        self.opened, self.segments = opened, example.segments(opened)
+        self.prompt = opened.encode(example.prompt)["input_ids"][0]
+        self.texts = [opened.encode(example.prompt + option)["input_ids"][0] for option in example.options]
+        start = len(self.prompt)
+        self.single = all(len(t) == start + 1 and torch.equal(t[:start], self.prompt) for t in self.texts)
+
+    def scores(self, methods: Sequence[Method] = ()) -> Float[Tensor, " option"]:
+        """Log-probability of each option under the methods, which may speak of the example's segments. The tokens of an
+        option, where it has several, are "generated"."""
+        with torch.no_grad():
+            if not self.single:
+                return torch.stack([self.continued(text, methods) for text in self.texts])
+            last = self.last(methods).float().log_softmax(-1)
+            return last[torch.stack([text[-1] for text in self.texts])]
+
+    def last(self, methods: Sequence[Method]) -> Float[Tensor, " token"]:
+        """The logits behind the prompt."""
+        model, ids = self.opened.model, self.prompt[None]
+        if len(self.prompt) > 1 and self.past is not None and only_last(self.opened, methods):
+            with steered(self.opened, methods, self.segments):
+                return model(input_ids=ids[:, -1:], past_key_values=deepcopy(self.past)).logits[0, -1]
+        with steered(self.opened, methods, self.segments):
+            return model(input_ids=ids).logits[0, -1]
+
+    @cached_property
+    def past(self) -> Any:
+        """The cache of all tokens but the last; None for a model that keeps none."""
+        return getattr(self.opened.model(input_ids=self.prompt[None, :-1]), "past_key_values", None)
+
+    def continued(self, text: Int[Tensor, " token"], methods: Sequence[Method]) -> Float[Tensor, ""]:
         # An option may change how the prompt's last token is cut: what is shared is the context.
-        shared = int((text[: len(prompt)] == prompt[: len(text)]).long().cumprod(0).sum())
-        with apply(opened, *methods, segments=segments.extend(len(text))), torch.no_grad():
-            chances = opened.model(input_ids=text[None]).logits[0, shared - 1 : -1].float().log_softmax(-1)
-        found.append(chances.gather(-1, text[shared:, None]).sum())
-    return torch.stack(found)
+        start = min(len(self.prompt), len(text))
+        shared = int((text[:start] == self.prompt[:start]).long().cumprod(0).sum())
+        with steered(self.opened, methods, self.segments.extend(len(text))):
+            chances = self.opened.model(input_ids=text[None]).logits[0, shared - 1 : -1].float().log_softmax(-1)
+        return chances.gather(-1, text[shared:, None]).sum()
+
+
+def steered(opened: Opened, methods: Sequence[Method], segments: Segments | None) -> AbstractContextManager:
+    return apply(opened, *methods, segments=segments) if methods else nullcontext()
+
+
+def only_last(opened: Opened, methods: Sequence[Method]) -> bool:
+    """Whether the methods change no token before the last of the prompt."""
+    edits = [edit for method in methods for edit in method.edits(opened)]
+    rows = {getattr(edit, "queries", None) or getattr(edit, "tokens", None) for edit in edits}
+    return rows <= {"last", "generated"} and all(type(method).hooks is Method.hooks for method in methods)
 
 
 class Difference(NamedTuple):
@@ -142,7 +178,7 @@ def perplexity(
     losses = []
     for first in np.linspace(0, len(ids) - length, windows).astype(int):
         window = ids[None, first : first + length].to(opened.device)
-        with apply(opened, *methods, segments=segments) if methods else nullcontext(), torch.no_grad():
+        with steered(opened, methods, segments), torch.no_grad():
             logits = opened.model(input_ids=window).logits
         losses.append(float(torch.nn.functional.cross_entropy(logits[0, start - 1 : -1].float(), window[0, start:])))
     return float(np.exp(np.mean(losses)))
