@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
@@ -111,6 +112,12 @@ class ScoreBias(Edit):
             raise HeadwiseError(
                 f"ScoreBias(keys=...) must be a segment name, a tensor over keys or a rule; got {self.keys!r}."
             )
+
+    @cached_property
+    def cuts(self) -> bool:
+        """Whether it takes keys away altogether."""
+        vector = isinstance(self.keys, Tensor) and bool((self.keys.float().abs() == torch.inf).any())
+        return vector or self.value == -float("inf")
 
 
 @dataclass(frozen=True, eq=False)

@@ -157,6 +157,8 @@ class Bias:
     vector: Float[Tensor, " key"] | None
     queries: Bool[Tensor, "#batch query"] | None
     query_label: int | None = None
+    cuts: bool = False
+    """Whether it takes keys away altogether."""
 
 
 @dataclass(frozen=True)
@@ -250,7 +252,7 @@ def _bias(call: AttentionCall, edit: ScoreBias, index: Tensor) -> Bias:
         keys = KeySet(rule=edit.keys, batch=call.batch)
     names = call.labels.names if call.labels is not None else ()
     label = names.index(edit.queries) if edit.queries in names else None
-    return Bias(index, float(edit.value), keys, vector, query_mask(call, edit.queries), label)
+    return Bias(index, float(edit.value), keys, vector, query_mask(call, edit.queries), label, edit.cuts)
 
 
 def shifted(call: AttentionCall, edit: Shift, heads: list[int]) -> AttentionCall:

@@ -230,16 +230,17 @@ def library(effects: Effects, readings: Sequence[Reading], output: bool) -> tupl
     """PyTorch's own attention; edits that are score biases ride in its mask."""
     call = effects.call
     form = library_form(call)
-    mask = None
+    mask, cut = None, None
     if form is None or effects.biases or call.bias is not None:
         form = None
         seen = call.mask.dense(call.i, call.j0, call.keys)
-        mask = bias_matrix(effects)
+        mask, cut = bias_matrix(effects)
         if mask is None:
             # A row that sees nothing would be nan: let it see all, nobody reads it.
             mask = seen | ~seen.any(-1, keepdim=True)
         else:
-            mask = mask.masked_fill(~seen, torch.finfo(mask.dtype).min)
+            hidden = ~seen if cut is None else ~seen | cut
+            mask = mask.masked_fill(hidden, torch.finfo(mask.dtype).min)
     out = torch.nn.functional.scaled_dot_product_attention(
         call.q,
         call.k,
@@ -249,29 +250,36 @@ def library(effects: Effects, readings: Sequence[Reading], output: bool) -> tupl
         scale=call.scale,
         enable_gqa=call.group > 1,
     )
+    if cut is not None:
+        # A row whose every key was knocked out attends to nothing.
+        out = out.masked_fill(hidden.all(-1, keepdim=True), 0.0)
     return out, {}
 
 
-def bias_matrix(effects: Effects) -> Tensor | None:
-    """Position bias, additive mask and ScoreBias edits as one tensor, where there are any."""
+def bias_matrix(effects: Effects) -> tuple[Tensor | None, Tensor | None]:
+    """Position bias, additive mask and ScoreBias edits as one tensor, and the keys that biases of -inf knock out; None
+    where there are none."""
     call = effects.call
     terms = [x.to(call.q.dtype) for x in (call.bias, call.mask.added) if x is not None]
     total: Tensor | None = sum(terms[1:], terms[0]) if terms else None
     if not effects.biases:
-        return total
+        return total, None
     shape = (call.batch, call.heads, call.queries, call.keys)
     total = call.q.new_zeros(shape) if total is None else total.expand(shape).clone()
     low = torch.finfo(total.dtype).min / 4
+    cut = torch.zeros(shape, dtype=torch.bool, device=total.device) if any(b.cuts for b in effects.biases) else None
     for bias in effects.biases:
         step = torch.as_tensor(bias.value, dtype=total.dtype, device=total.device)
-        step = (step if bias.vector is None else step * bias.vector.to(total)).clamp(min=low)
+        step = step if bias.vector is None else step * bias.vector.to(total)
         chosen = torch.ones((), dtype=torch.bool, device=total.device)
         if bias.keys is not None:
             chosen = chosen & bias.keys.block(call.i, call.j0, 0, call.keys)
         if bias.queries is not None:
             chosen = chosen & bias.queries[:, None, :, None]
-        total[:, bias.heads] = total[:, bias.heads] + torch.where(chosen, step, 0.0)
-    return total
+        if cut is not None and bias.cuts:
+            cut[:, bias.heads] |= chosen & (step == -torch.inf)
+        total[:, bias.heads] = total[:, bias.heads] + torch.where(chosen, step.clamp(min=low), 0.0)
+    return total, cut
 
 
 def uniform(call: AttentionCall) -> Tensor:
