@@ -71,6 +71,8 @@ def test_b_is_the_length_of_the_training():
     again = made()
     again.load_state_dict(layer.state_dict())
     assert torch.equal(again(x), layer(x))
+    again.load_state_dict(made().state_dict())
+    assert again.normaliser.length == 8
 
 
 def test_blocks_of_rows_equal_the_whole():

@@ -90,4 +90,4 @@ class Sigmoid(Normaliser):
         return torch.tensor(self.length)
 
     def set_extra_state(self, state: Tensor) -> None:
-        self.length = int(state)
+        self.length = int(state) or self.length  # weights kept from before any training don't say
