@@ -69,7 +69,11 @@ def drawn(runs: pd.DataFrame) -> Any:
             axes.fill_between(steps, values.min(0), values.max(0), color=how["color"], alpha=0.12, linewidth=0)
         axes.axhline(kind().chance, color="grey", linewidth=0.8, linestyle=":")
         better = "higher" if kind.higher_is_better else "lower"
-        axes.set(title=f"{task}: {kind.what}", xlabel="step", ylabel=f"{kind.metric} ({better} is better)")
+        axes.set(
+            title=f"{task}: {kind.what}".replace(", ", ",\n"),
+            xlabel="step",
+            ylabel=f"{kind.metric} ({better} is better)",
+        )
         axes.title.set_fontsize(9)
     figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=min(4, len(shown) or 1), fontsize=8)
     return figure

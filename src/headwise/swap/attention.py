@@ -7,6 +7,7 @@ The ordinary kind runs on PyTorch's own kernels. Mechanisms that change a step o
 
 from __future__ import annotations
 
+import copy
 from typing import Any, ClassVar, Self
 
 import torch
@@ -168,7 +169,7 @@ class Attention(Mechanism):
         for name in ("q_norm", "k_norm"):
             norm = getattr(site.module, name, None)
             if isinstance(norm, nn.Module):
-                setattr(made, name, norm)
+                setattr(made, name, copy.deepcopy(norm))  # training it must not change the model's own
         return made
 
 
