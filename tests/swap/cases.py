@@ -36,6 +36,12 @@ def embedded(d: int, h: int, k: int, p: int) -> int:
     return 3 * d * p + 3 * h * p + d * h * p
 
 
+def shared_mlp(p: int, small: int) -> int:
+    """Two maps to `small` numbers, and layers 2 small -> small -> small / 2 -> 1."""
+    hidden = small // 2
+    return 2 * (p + 1) * small + (2 * small + 1) * small + (small + 1) * hidden + hidden + 1
+
+
 MULTI_TOKEN_PRE = {"post_kq": False, "pre_head": False, "post_head": False, "norm": False, "gate": None}
 
 GATED_SOFTMAX = {"normaliser": "layer", "in_gate": True, "out_gate": True, "clamp": 3.0}
@@ -108,6 +114,35 @@ CASES: dict[str, list[Case]] = {
         Case(projections, kv_heads=2),
         Case(lambda d, h, k, p: projections(d, h, k, p) + p + (d + 1) * h, {"normaliser": "rms", "out_gate": True}),
         Case(projections, {"order": 3, "normaliser": "clamp"}),
+    ],
+    "neural_attention": [
+        Case(lambda d, h, k, p: projections(d, h, k, p) + shared_mlp(p, 2), {"position": swap.Rope()}, kv_heads=2),
+        Case(
+            lambda d, h, k, p: projections(d, h, k, p) + h * shared_mlp(p, 4),
+            {"proj_dim": 4, "share_heads": False, "act": "gelu", "tile": 5},
+        ),
+    ],
+    "nexus_attention": [
+        Case(projections, {"position": swap.Rope()}, kv_heads=2),
+        Case(lambda d, h, k, p: projections(d, h, k, p) + 2, {"order": 3, "inner": "self", "gate": 0.5}, kv_heads=2),
+        Case(projections, {"inner": "full", "position": swap.Rope()}, kv_heads=2),
+        Case(
+            lambda d, h, k, p: projections(d, h, k, p) + 3 * d * h * p + 3 * d * k * p,
+            {"shared": False},
+            kv_heads=2,
+        ),
+    ],
+    "positional_attention": [
+        Case(lambda d, h, k, p: 2 * (12 * h * 12 + h * 12) + 2 * (d * d + d), {"length": 12}),
+        Case(None, {"vectors": torch.randn(20, 6), "qk_dim": 4}, kv_heads=2),
+    ],
+    "smeared_key": [
+        Case(lambda d, h, k, p: projections(d, h, k, p) + k, {"position": swap.Rope()}, kv_heads=2),
+        Case(lambda d, h, k, p: projections(d, h, k, p) + k, {"smear": 0.0, "position": swap.Alibi()}),
+    ],
+    "token_aware_phase_attention": [
+        Case(projections, kv_heads=2),
+        Case(projections, {"phase": "linear", "alpha": 0.3, "theta": 0.25}),
     ],
 }
 

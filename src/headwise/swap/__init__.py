@@ -9,7 +9,6 @@ from headwise.swap.biased import BiasedAttention
 from headwise.swap.cache import Cache
 from headwise.swap.catalogue import MECHANISMS, make
 from headwise.swap.convert import Conversion, convert, load
-from headwise.swap.distill import distill
 from headwise.swap.expanding import ExpandingAttention
 from headwise.swap.fixed_head import FixedHeadAttention, widen_heads
 from headwise.swap.head_embedding import HeadEmbeddingAttention
@@ -20,6 +19,8 @@ from headwise.swap.mixture_of_head import MixtureOfHeadAttention
 from headwise.swap.multi_hop import MultiHopAttention
 from headwise.swap.multi_query import MultiQueryAttention, merge_kv_heads
 from headwise.swap.multi_token import MultiTokenAttention
+from headwise.swap.neural_attention import NeuralAttention
+from headwise.swap.nexus import NexusAttention
 from headwise.swap.parts import (
     Activation,
     Additive,
@@ -32,6 +33,8 @@ from headwise.swap.parts import (
     KernelScore,
     Normaliser,
     Numerator,
+    PairMLP,
+    Phase,
     Position,
     Prior,
     Rope,
@@ -39,11 +42,14 @@ from headwise.swap.parts import (
     Sigmoid,
     Softmax,
 )
+from headwise.swap.positional import PositionalAttention
 from headwise.swap.score_activation import ScoreActivation
 from headwise.swap.sigmoid import SigmoidAttention
+from headwise.swap.smeared_key import SmearedKey
 from headwise.swap.softmax_ablation import SoftmaxAblation
 from headwise.swap.structural import StructuralAttention
 from headwise.swap.taylor_rnn import TaylorRNN
+from headwise.swap.token_aware_phase import TokenAwarePhaseAttention
 
 __all__ = [
     "MECHANISMS",
@@ -70,22 +76,28 @@ __all__ = [
     "MultiHopAttention",
     "MultiQueryAttention",
     "MultiTokenAttention",
+    "NeuralAttention",
+    "NexusAttention",
     "Normaliser",
     "Numerator",
+    "PairMLP",
+    "Phase",
     "Position",
+    "PositionalAttention",
     "Prior",
     "Rope",
     "Score",
     "ScoreActivation",
     "Sigmoid",
     "SigmoidAttention",
+    "SmearedKey",
     "Softmax",
     "SoftmaxAblation",
     "StructuralAttention",
     "TaylorRNN",
+    "TokenAwarePhaseAttention",
     "aux_loss",
     "convert",
-    "distill",
     "head_gradients",
     "load",
     "make",

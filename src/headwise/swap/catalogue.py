@@ -16,11 +16,16 @@ from headwise.swap.mixture_of_head import MixtureOfHeadAttention
 from headwise.swap.multi_hop import MultiHopAttention
 from headwise.swap.multi_query import MultiQueryAttention
 from headwise.swap.multi_token import MultiTokenAttention
+from headwise.swap.neural_attention import NeuralAttention
+from headwise.swap.nexus import NexusAttention
+from headwise.swap.positional import PositionalAttention
 from headwise.swap.score_activation import ScoreActivation
 from headwise.swap.sigmoid import SigmoidAttention
+from headwise.swap.smeared_key import SmearedKey
 from headwise.swap.softmax_ablation import SoftmaxAblation
 from headwise.swap.structural import StructuralAttention
 from headwise.swap.taylor_rnn import TaylorRNN
+from headwise.swap.token_aware_phase import TokenAwarePhaseAttention
 
 CLASSES: tuple[type[Mechanism], ...] = (
     Attention,
@@ -33,11 +38,16 @@ CLASSES: tuple[type[Mechanism], ...] = (
     MultiHopAttention,
     MultiQueryAttention,
     MultiTokenAttention,
+    NeuralAttention,
+    NexusAttention,
+    PositionalAttention,
     ScoreActivation,
     SigmoidAttention,
+    SmearedKey,
     SoftmaxAblation,
     StructuralAttention,
     TaylorRNN,
+    TokenAwarePhaseAttention,
 )
 
 

@@ -4,6 +4,8 @@ from headwise.swap.parts.hard import Hard
 from headwise.swap.parts.kernel_scores import Direct, KernelScore
 from headwise.swap.parts.normalisers import Activation, Entmax, Normaliser, Softmax
 from headwise.swap.parts.numerators import Numerator
+from headwise.swap.parts.pair_mlp import PairMLP
+from headwise.swap.parts.phase import Phase
 from headwise.swap.parts.positions import Alibi, Places, Position, Rope
 from headwise.swap.parts.priors import GeometricBeta, Prior
 from headwise.swap.parts.scores import Additive, Cosine, Score
@@ -21,6 +23,8 @@ __all__ = [
     "KernelScore",
     "Normaliser",
     "Numerator",
+    "PairMLP",
+    "Phase",
     "Places",
     "Position",
     "Prior",

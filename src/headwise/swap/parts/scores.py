@@ -31,6 +31,14 @@ class Score(nn.Module):
         """Whether this is the scaled dot product, which libraries have kernels for."""
         return type(self) is Score
 
+    def has_kernel(self, call: AttentionCall) -> bool:
+        """Whether `kernel` can do this call, the softmax of these scores."""
+        return False
+
+    def kernel(self, call: AttentionCall) -> Float[Tensor, "batch heads query value_dim"]:
+        """The output by a kernel of the score's own, with gradients."""
+        raise TypeError(f"{type(self).__name__} has no kernel.")
+
     def flops(self, queries: int, keys: int, heads: int, dim: int) -> int:
         """Floating-point operations of all scores."""
         return 2 * queries * keys * heads * dim
