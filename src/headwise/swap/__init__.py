@@ -9,6 +9,7 @@ from headwise.swap.biased import BiasedAttention
 from headwise.swap.cache import Cache
 from headwise.swap.catalogue import MECHANISMS, make
 from headwise.swap.convert import Conversion, convert, load
+from headwise.swap.distill import distill
 from headwise.swap.expanding import ExpandingAttention
 from headwise.swap.fixed_head import FixedHeadAttention, widen_heads
 from headwise.swap.head_embedding import HeadEmbeddingAttention
@@ -98,6 +99,7 @@ __all__ = [
     "TokenAwarePhaseAttention",
     "aux_loss",
     "convert",
+    "distill",
     "head_gradients",
     "load",
     "make",

@@ -42,10 +42,12 @@ class PartsForm(Form):
         return self.normaliser(s, seen)
 
     def has_kernel(self, call: AttentionCall) -> bool:
+        if self.softmax:
+            return self.score.has_kernel(call)
         return self.score.plain and self.normaliser.has_kernel(call)
 
     def kernel(self, call: AttentionCall) -> Heads:
-        return self.normaliser.kernel(call)
+        return self.score.kernel(call) if self.softmax else self.normaliser.kernel(call)
 
 
 class Attention(Mechanism):
@@ -116,8 +118,12 @@ class Attention(Mechanism):
         """Queries, keys and values; keys of another sequence count from its own start."""
         there = Places(torch.arange(source.shape[1], device=x.device)[None]) if crossed else here
         q = self.position.turn(self.q_norm(split(self.q_proj(x), self.heads)), here)
-        k = self.position.turn(self.k_norm(split(self.k_proj(source), self.kv_heads)), there)
+        k = self.position.turn(self.raw_keys(source), there)
         return q, k, split(self.v_proj(source), self.kv_heads)
+
+    def raw_keys(self, source: Float[Tensor, "batch key dim"]) -> Heads:
+        """Keys before they are turned."""
+        return self.k_norm(split(self.k_proj(source), self.kv_heads))
 
     def attend(self, q: Heads, k: Heads, v: Heads, mask: Mask, here: Places, j0: int = 0, **how: Any) -> Heads:
         """Every head's output. `how` changes further fields of the call."""
