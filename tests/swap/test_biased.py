@@ -107,6 +107,16 @@ def test_kernels(kernel, normalise):
     torch.testing.assert_close(layer(x)[0], joined(layer, a @ v), rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("kernel", ["elu1", "mlp"])
+def test_half_precision(kernel):
+    torch.manual_seed(0)
+    layer, x = swap.KernelAttention(DIM, HEADS, causal=True, kernel=kernel, normalise=True), tokens().float()
+    wanted = layer(x)
+    out = layer.bfloat16()(x.bfloat16())
+    assert out.dtype == torch.bfloat16
+    assert (out.float() - wanted).abs().max() < 0.05 * wanted.abs().max()
+
+
 def test_bad_settings_are_refused():
     with pytest.raises(HeadwiseError, match="leave out score and normaliser"):
         swap.BiasedAttention(DIM, HEADS, normaliser=swap.Sigmoid(0.0))

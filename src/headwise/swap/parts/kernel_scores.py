@@ -37,7 +37,9 @@ class KernelScore(Score):
         k: Float[Tensor, "batch heads key dim"],
         call: AttentionCall,
     ) -> Float[Tensor, "batch heads query key"]:
-        return torch.einsum("bhid,bhjd->bhij", self.phi(q), self.phi(k)) * call.scale
+        # the core computes more exactly than the weights of phi may be kept
+        features = (self.phi(x.to(call.q.dtype)).to(x.dtype) for x in (q, k))
+        return torch.einsum("bhid,bhjd->bhij", *features) * call.scale
 
     def flops(self, queries: int, keys: int, heads: int, dim: int) -> int:
         wide = sum(p.numel() for p in self.phi.parameters() if p.ndim == 2)
