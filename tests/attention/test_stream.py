@@ -39,7 +39,7 @@ def readings(call: AttentionCall):
     x = torch.randn(max(last, call.j0 + call.keys) + 1, 2, generator=torch.Generator().manual_seed(2)).double()
     return [
         Mass(),
-        Mass(segments=("self", "previous", "next", "first", "window:3", "middle")),
+        Mass(segments=("self", "previous", "next", "first", "same", "window:3", "middle")),
         Entropy(),
         Top(),
         Top(k=4),

@@ -57,7 +57,10 @@ class KeySet:
             return chosen.expand(chosen.shape[0], 1, len(i), stop - start)
         if self.same:
             assert self.labels is not None
-            return (self.labels[:, i - j0, None] == self.labels[:, None, start:stop])[:, None]
+            columns = self.labels[:, start:stop]
+            # A tile may reach past the last key.
+            columns = torch.nn.functional.pad(columns, (0, stop - start - columns.shape[1]), value=-1)
+            return (self.labels[:, i - j0, None] == columns[:, None])[:, None]
         if self.gap is None:
             assert self.mask is not None
             return self.mask[:, None, None, start:stop]

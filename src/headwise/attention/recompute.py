@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
 from headwise.attention.call import AttentionCall, expand_kv
-from headwise.attention.edits import Blend, Edit, HeadGain, Recompute
+from headwise.attention.edits import Blend, Edit, HeadGain, Recompute, Recomputed
 from headwise.attention.effects import finish, resolve
 from headwise.attention.engine import Part, Result, plain, run_call, uniform
 from headwise.attention.readings import At, HeadOutput, Inputs, Propagate, Reading, Received, Scores
@@ -32,7 +33,10 @@ def run_rows(call: AttentionCall, edits: Edits, parts: Sequence[Part]) -> Result
         raise HeadwiseError(f"Recompute: one at a time in a layer; {call.site and call.site.name} is given several.")
     edits = [pair for pair in edits if not isinstance(pair[0], Recompute)]
     [(edit, heads)] = found
-    other, rows = recomputed(call, edit, heads)
+    made = edit.make(call)
+    if made is None:
+        return run_call(call, edits, parts)
+    other, rows = recomputed(call, made, heads), made.rows.expand(call.batch, -1)
     if not bool(rows.any()):
         return run_call(call, edits, parts)
     if bool(rows.all()):
@@ -44,15 +48,9 @@ def run_rows(call: AttentionCall, edits: Edits, parts: Sequence[Part]) -> Result
     return both(call, call, other, rows, early, late, parts)
 
 
-def recomputed(
-    call: AttentionCall, edit: Recompute, heads: list[int]
-) -> tuple[AttentionCall, Bool[Tensor, "batch query"]]:
-    """The call with the edit's queries, keys and values, and the queries they are for."""
-    made = edit.make(call)
-    if made is None:
-        return call, torch.zeros(call.batch, call.queries, dtype=torch.bool, device=call.q.device)
-    rows = made.rows.expand(call.batch, -1)
-    new = {name: x for name in "qkv" if (x := getattr(made, name)) is not None}
+def recomputed(call: AttentionCall, made: Recomputed, heads: list[int]) -> AttentionCall:
+    """The call with other queries, keys and values in these heads."""
+    new: dict[str, Any] = {name: x for name in "qkv" if (x := getattr(made, name)) is not None}
     for name, x in new.items():
         if x.shape != getattr(call, name).shape:
             raise HeadwiseError(
@@ -63,8 +61,9 @@ def recomputed(
         some = torch.zeros(call.heads, 1, 1, dtype=torch.bool, device=call.q.device)
         some[heads] = True
         mine, other = expand_kv(call), expand_kv(other)
-        other = replace(other, **{name: torch.where(some, getattr(other, name), getattr(mine, name)) for name in "qkv"})
-    return other, rows
+        new = {name: torch.where(some, getattr(other, name), getattr(mine, name)) for name in "qkv"}
+        other = replace(other, **new)
+    return other
 
 
 def both(
