@@ -71,7 +71,8 @@ def concept_scores(
     center: bool = True,
 ) -> Float[np.ndarray, "layer head"]:
     """Explained variance, 0 to 1, of every head's writing at the prompts' last tokens, or (`tokens`, `average`) where
-    the model writes on as `head_rows` has it; less the mean row with `center`, the released code's way."""
+    the model writes on as `head_rows` has it; less the mean row with `center`, the released code's way. Random tokens
+    explain much of a head that varies in few directions (those of a first layer): compare, or restrict the heads."""
     dictionary = unembedding(opened)[concept_tokens(opened, words)]
     rows = head_rows(opened, prompts, tokens=tokens, average=average)
     return head_pursuit(opened, rows, dictionary, steps, center=center)["explained"].values[..., -1]
