@@ -1,11 +1,15 @@
-"""Steering inside `generate()`: every cache, batches with padding, beams; segments go on as "generated"."""
+"""Steering inside `generate()`: every cache, batches with padding, beams, streams; segments go on as "generated"."""
+
+from threading import Thread
 
 import pytest
 import torch
+from transformers import TextIteratorStreamer
+from transformers.generation.streamers import BaseStreamer
 
 from headwise import steer
 from headwise.models import Opened, Segments
-from tests.scan.models import llama
+from tests.scan.models import llama, tokenizer
 
 IDS = torch.randint(3, 200, (2, 9), generator=torch.Generator().manual_seed(1))
 PARTS = Segments.from_spans({"first": (0, 1), "span": (2, 5)}, 9)
@@ -42,6 +46,83 @@ def test_beams_are_steered(opened: Opened) -> None:
     with steer.apply(opened, *METHODS, segments=PARTS):
         assert beams().shape == plain.shape
     assert torch.equal(beams(), plain)
+
+
+def test_beams_through_a_cache_are_those_of_whole_forwards(opened: Opened) -> None:
+    asked = {"max_new_tokens": 4, "num_beams": 3, "do_sample": False, "eos_token_id": None}
+    with steer.apply(opened, METHODS[0], METHODS[2]):
+        cached = opened.model.generate(IDS, **asked)
+        assert torch.equal(cached, opened.model.generate(IDS, use_cache=False, **asked))
+    assert not torch.equal(cached, opened.model.generate(IDS, **asked))
+
+
+class Kept(BaseStreamer):
+    """Every token as it comes."""
+
+    def __init__(self) -> None:
+        self.ids: list[int] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        self.ids += value.flatten().tolist()
+
+    def end(self) -> None:
+        self.ids.append(-1)
+
+
+@pytest.mark.parametrize("methods", [METHODS, (steer.AttentionBuckets((0.2, 0.1)),)], ids=["edits", "buckets"])
+def test_streaming_gives_the_same_tokens_one_by_one(opened: Opened, methods: tuple) -> None:
+    asked = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
+    kept, text = Kept(), TextIteratorStreamer(opened.tokenizer, skip_prompt=True, timeout=60)
+    with steer.apply(opened, *methods, segments=PARTS):
+        whole = opened.model.generate(IDS[:1], **asked)[0]
+        opened.model.generate(IDS[:1], streamer=kept, **asked)
+        # The usual way to stream text: generate() in a thread of its own.
+        worker = Thread(target=opened.model.generate, args=(IDS[:1],), kwargs={"streamer": text, **asked})
+        worker.start()
+        read = "".join(text)
+        worker.join()
+    assert kept.ids == [*whole.tolist(), -1]
+    assert read == opened.decode(whole[9:])
+    assert not torch.equal(whole, opened.model.generate(IDS[:1], **asked)[0])
+
+
+def test_a_padded_batch_writes_what_each_prompt_writes_alone(opened: Opened) -> None:
+    short, long = IDS[0, :6], IDS[1]
+    parts = [Segments.from_spans({"first": (0, 1), "span": (2, 5)}, len(ids)) for ids in (short, long)]
+    asked = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 1}
+    alone = []
+    for ids, part in zip((short, long), parts, strict=True):
+        with steer.apply(opened, *METHODS, segments=part):
+            alone.append(opened.model.generate(ids[None], **asked)[0, len(ids) :])
+    batch = torch.stack([torch.cat([torch.ones(3, dtype=torch.long), short]), long])
+    mask = torch.tensor([[0] * 3 + [1] * 6, [1] * 9])
+    for cache in (None, "static"):
+        with steer.apply(opened, *METHODS, segments=Segments.stack(parts, left=True)):
+            found = opened.model.generate(batch, attention_mask=mask, cache_implementation=cache, **asked)[:, 9:]
+        assert torch.equal(found, torch.stack(alone))
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_segments_are_cut_with_a_text_that_is_cut(opened: Opened, side: str) -> None:
+    words = [opened.tokenizer.convert_ids_to_tokens(int(n)) for n in range(20, 32)]
+    text = " ".join(words)
+    start, end = text.index(words[4]), text.index(words[7])
+    known = tokenizer()
+    before, known.truncation_side = known.truncation_side, side
+    try:
+        cut = known(text, truncation=True, max_length=8, add_special_tokens=False, return_offsets_mapping=True)
+    finally:
+        known.truncation_side = before
+    parts = Segments.from_characters(text, {"span": (start, end - 1)}, cut)
+    gone = 0 if side == "right" else len(words) - 8
+    ids = torch.tensor([cut["input_ids"]])
+    by_hand = Segments.from_spans({"span": (4 - gone, 7 - gone)}, 8)
+    logits = []
+    for segments in (parts, by_hand):
+        with steer.apply(opened, steer.TokenScale("span", gain=3.0), segments=segments), torch.no_grad():
+            logits.append(opened.model(ids).logits)
+    assert torch.equal(*logits)
+    assert (logits[0] - opened.model(ids).logits).abs().max() > 1e-4
 
 
 def test_left_padding_does_not_move_the_segments(opened: Opened) -> None:
