@@ -1,6 +1,6 @@
 """Fast paths of the swap room on a GPU: errors against float64, times beside PyTorch's kernels. One command:
 
-    python benchmarks/swap_gpu.py [--out benchmarks/results/swap_h100.json] [--only sigmoid]
+    python benchmarks/swap_gpu.py [--out benchmarks/results/swap_h100.json] [--only sigmoid] [--sizes 4096 16384]
 
 Every case is timed at its own steady clock (`gpu_timing.py`); ratios are of one run.
 """
@@ -12,12 +12,16 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+import triton
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent.parent / "src"))
 from gpu_timing import alternate, teraflops
 
+from headwise import swap
+from headwise.swap.kernels.phase import phase_attention
+from headwise.swap.kernels.routed import routed_attention
 from headwise.swap.kernels.sigmoid import sigmoid_attention
 
 HEADS, DIM = 16, 128
@@ -122,15 +126,97 @@ def row(way, tokens, causal, times, failed, work):
     return found
 
 
+def phase_reference(q, k, v, alpha):
+    half = q.shape[-1] // 2
+    gap = torch.arange(q.shape[2], device=q.device)
+    gap = (gap[:, None] - gap).abs().to(q)
+    power = torch.where(gap > 0, gap**alpha, 0.0)
+    phase = q[..., half:] @ k[..., half:].mT * half**-0.5
+    s = q[..., :half] @ k[..., :half].mT * half**-0.5 * torch.cos(2 * torch.pi * power * phase)
+    return torch.softmax(s.masked_fill(gap.new_ones(gap.shape).triu(1).bool(), float("-inf")), -1) @ v
+
+
+def phase(sizes):
+    """Token-aware phase attention: errors at 1,024 tokens, times beside cuDNN, and beside its dense form in PyTorch."""
+    q, k, v = (x.requires_grad_() for x in inputs(1024))
+    out, do = phase_attention(q, k, v, DIM // 2, causal=True), torch.randn_like(q)
+    true = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    wanted = phase_reference(*true, 0.1)
+    pairs = zip(
+        (out, *torch.autograd.grad(out, (q, k, v), do)), (wanted, *torch.autograd.grad(wanted, true, do.double()))
+    )
+    found = {"errors": dict(zip("out dq dk dv".split(), (error(a, t) for a, t in pairs))), "times": []}
+    print("phase", found["errors"], flush=True)
+    for tokens in sizes:
+        q, k, v = (x.requires_grad_() for x in inputs(tokens))
+        cases = {
+            "flash": library(SDPBackend.FLASH_ATTENTION, q, k, v, True),
+            "cudnn": library(SDPBackend.CUDNN_ATTENTION, q, k, v, True),
+            "phase": lambda q=q, k=k, v=v: phase_attention(q, k, v, DIM // 2, causal=True),
+        }
+        if tokens <= 8192:
+            cases["dense"] = lambda q=q, k=k, v=v: phase_reference(q, k, v, 0.1)
+        with torch.no_grad():
+            found["times"].append(row("forward", tokens, True, *alternate(cases), 1.0))
+        do = torch.randn_like(q)
+        cases = {name: backwards(run, (q, k, v), do) for name, run in cases.items()}
+        found["times"].append(row("backward", tokens, True, *alternate(cases), 2.5))
+        del cases
+        torch.cuda.empty_cache()
+    return found
+
+
+def routed(sizes):
+    """Heads skipped for the tokens that didn't pick them, by the share of active ones; random choices."""
+    rows = []
+    for tokens in sizes:
+        q, k, v = inputs(tokens)
+        cases = {"cudnn": library(SDPBackend.CUDNN_ATTENTION, q, k, v, True)}
+        for share in (1.0, 0.75, 0.5, 0.25):
+            active = torch.rand(1, tokens, HEADS, device="cuda") < share
+            cases[f"active {share:.0%}"] = lambda q=q, k=k, v=v, active=active: routed_attention(
+                q, k, v, active, DIM**-0.5, True
+            )
+        with torch.no_grad():
+            rows.append(row("forward", tokens, True, *alternate(cases), 1.0))
+    return rows
+
+
+def multi_token(sizes):
+    """Multi-token attention's blocks of rows beside the same layer with plain attention (cuDNN), whole layers."""
+    rows = []
+    for tokens in sizes:
+        x = torch.randn(1, tokens, HEADS * 64, device="cuda", dtype=torch.bfloat16)
+        own = dict(causal=True, position=swap.Rope())
+        plain = swap.Attention(HEADS * 64, HEADS, **own).cuda().bfloat16()
+        layers = {"plain": plain, "convolved": swap.MultiTokenAttention(HEADS * 64, HEADS, **own).cuda().bfloat16()}
+        with torch.no_grad(), sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            torch.cuda.reset_peak_memory_stats()
+            cases = {name: lambda layer=layer, x=x: layer(x) for name, layer in layers.items()}
+            times, failed = alternate(cases)
+        rows.append(
+            {"tokens": tokens, "ms": times, "failed": failed, "peak_gib": torch.cuda.max_memory_allocated() / 2**30}
+        )
+        print("multi-token", rows[-1], flush=True)
+    return rows
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path)
     parser.add_argument("--sizes", type=int, nargs="+", default=[4096, 16384, 32768, 65536])
+    parser.add_argument("--only", choices=["sigmoid", "phase", "routed", "multi_token"])
     given = parser.parse_args()
-    result = {
-        "device": torch.cuda.get_device_name(), "torch": torch.__version__,
-        "sigmoid": {"errors": sigmoid_errors(), "times": sigmoid_times(given.sizes)},
-    }  # fmt: skip
+    parts = {
+        "sigmoid": lambda: {"errors": sigmoid_errors(), "times": sigmoid_times(given.sizes)},
+        "phase": lambda: phase(given.sizes),
+        "routed": lambda: routed(given.sizes),
+        "multi_token": lambda: multi_token([n for n in given.sizes if n <= 16384]),
+    }
+    result = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
+    for name, measure in parts.items():
+        if given.only in (None, name):
+            result[name] = measure()
     if given.out:
         given.out.parent.mkdir(parents=True, exist_ok=True)
         given.out.write_text(json.dumps(result, indent=1) + "\n")
