@@ -31,18 +31,28 @@ copybutton_exclude = ".linenos, .gp, .go"
 
 def docstring_to_rst(app, what, name, obj, options, lines):
     """Our docstrings are plain text with `code` in backticks and indented examples: say so in reStructuredText."""
-    result, previous = [], ""
+    result, text, previous = [], [], ""
     for line in lines:
         example = line.startswith("    ") and not previous.strip() and not line.strip().startswith((">>>", "..."))
-        if example and (not result or not any(r.startswith("    ") for r in result[-2:])):
-            result += ["::", ""]
-        if not line.startswith("    ") and not line.startswith(">>>"):
-            parts = re.split(r"(`+[^`]*`+)", line)
-            parts = [f"``{p.strip('`')}``" if p.startswith("`") else re.sub(r"([*|_\\])", r"\\\1", p) for p in parts]
-            line = "".join(parts)
-        result.append(line)
+        if line.startswith(("    ", ">>>")):
+            result += prose(text)
+            text = []
+            if example and (not result or not any(r.startswith("    ") for r in result[-2:])):
+                result += ["::", ""]
+            result.append(line)
+        else:
+            if line.startswith("- ") and previous.strip() and not previous.startswith(("- ", "  ")):
+                text.append("")  # a list begins after a blank line
+            text.append(line)
         previous = line
-    lines[:] = result
+    lines[:] = result + prose(text)
+
+
+def prose(lines):
+    """Code in backticks, which may go on over a line's end, as literals; what else means something, escaped."""
+    parts = re.split(r"(`+[^`]*`+)", "\n".join(lines))
+    parts = [f"``{p.strip('`')}``" if p.startswith("`") else re.sub(r"([*|_\\])", r"\\\1", p) for p in parts]
+    return "".join(parts).split("\n") if lines else []
 
 
 def setup(app):

@@ -8,9 +8,10 @@ from charts import charts
 def write(folder):
     folder.mkdir(exist_ok=True)
     root = folder.parent.parent
-    for page in (evidence, questions, roles, steer, vocabulary, zoo):
+    for page in (evidence, questions, roles, steer, swap, swap_reference, swap_tasks, vocabulary, zoo):
         (folder / f"{page.__name__}.md").write_text(page(), encoding="utf-8")
     (folder / "costs.md").write_text(costs(root), encoding="utf-8")
+    (folder / "swap_bench.md").write_text(swap_bench(root, folder), encoding="utf-8")
     (folder / "results.md").write_text(results(root, folder), encoding="utf-8")
 
 
@@ -100,6 +101,82 @@ def steer():
     return table(["method", "what it does", "paper"], [[f"`{m.__name__}`", m.what, cite(m.paper)] for m in METHODS])
 
 
+def swap():
+    from headwise.swap import MECHANISMS
+
+    rows = [
+        [f"`{name}`", m.what, "yes" if m.causal_too else "no", "yes" if m.context_too else "no", cite(m.paper)]
+        for name, m in MECHANISMS.items()
+    ]
+    return table(["mechanism", "what it does", "causal", "cross", "paper"], rows)
+
+
+def swap_reference():
+    """Everything public of the swap room: functions and helpers, mechanisms, parts."""
+    from headwise import swap
+
+    kinds = (swap.Score, swap.Normaliser, swap.Position)
+    groups = {"Making and converting": [], "Mechanisms": [], "Parts": []}
+    for name in swap.__all__:
+        value = getattr(swap, name)
+        if not callable(value):
+            continue  # MECHANISMS: the catalogue, whose table is on the page of the room
+        directive = "autoclass" if isinstance(value, type) else "autofunction"
+        title = "Making and converting"
+        if directive == "autoclass" and value in swap.MECHANISMS.values():
+            title = "Mechanisms"
+        elif directive == "autoclass" and issubclass(value, kinds):
+            title = "Parts"
+        groups[title].append(f".. {directive}:: headwise.swap.{name}")
+    parts = ["\n".join([title, "-" * len(title), *lines]) for title, lines in groups.items()]
+    return "```{eval-rst}\n" + "\n\n".join(parts) + "\n```\n"
+
+
+def swap_tasks():
+    from headwise.study.bench_tasks import TASKS
+
+    rows = [
+        [
+            f"`{name}`",
+            " ".join(task.__doc__.split()).replace("`", ""),
+            "decoder" if task.causal else "encoder",
+            task.metric,
+        ]
+        for name, task in TASKS.items()
+    ]
+    return table(["task", "what it is", "host", "quality"], rows)
+
+
+def swap_bench(root, folder):
+    """What `headwise swap bench --out benchmarks/results/swap_bench.json` stored: a table a task, and the curves."""
+    path = root / "benchmarks" / "results" / "swap_bench.json"
+    if not path.exists():
+        return "No run is stored yet.\n"
+    import pandas as pd
+
+    from headwise.study.bench_plot import plot
+    from headwise.study.bench_tasks import TASKS
+    from headwise.study.swap_bench import COLUMNS, read, summary
+
+    run = read(path)
+    runs = pd.DataFrame(run["runs"], columns=COLUMNS)
+    setup = ", ".join(f"{key} {value}" for key, value in run["setup"].items())
+    parts = [f"`{run['command']}`\n\n{setup}; {run['hardware']}; torch {run['versions']['torch']}."]
+    plot(runs, folder / "swap_bench.svg")
+    parts.append("![Learning curves of the stored run](_generated/swap_bench.svg)")
+    for task, group in summary(runs).groupby("task", sort=False):
+        better = "higher" if TASKS[task].higher_is_better else "lower"
+        rows = [
+            [f"`{r.mechanism}`", f"{r.quality:.3f} ± {r.spread:.3f}", f"{r.gain:+.3f}", f"{r.parameters:,.0f}",
+             f"{r.processor_ms:.1f}", f"{r.memory_mb:.1f}", r.note]
+            if r.seeds else [f"`{r.mechanism}`", "", "", "", "", "", r.note]
+            for r in group.itertuples()
+        ]  # fmt: skip
+        parts.append(f"`{task}` ({TASKS[task].metric}, {better} is better; chance {TASKS[task]().chance:.3f}):")
+        parts.append(table(["mechanism", "mean ± sd", "gain", "parameters", "processor ms", "MB", "note"], rows))
+    return "\n\n".join(parts)
+
+
 def vocabulary():
     """A table a stage: what the survey calls heads, and the column that measures it or comes nearest."""
     from headwise.scan.vocabulary import FUNCTIONS, STAGES
@@ -123,6 +200,7 @@ def zoo():
 def results(root, folder):
     """The stored benchmark runs: what each says of itself, charts, and its lists of measurements as tables."""
     found = sorted((root / "benchmarks" / "results").glob("*.json"))
+    found = [path for path in found if path.stem != "swap_bench"]  # told on the page of the swap room
     parts = [stored(path.stem, json.loads(path.read_text(encoding="utf-8")), folder) for path in found]
     return "\n".join(parts) or "No results are stored yet.\n"
 

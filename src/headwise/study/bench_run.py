@@ -43,6 +43,7 @@ class Setup:
             raise HeadwiseError(
                 f"dim: a multiple of {HEAD_DIM}, with at least one layer; got dim={self.dim}, layers={self.layers}."
             )
+        Recipe(self.steps, self.lr)  # refuses what nothing can be trained with
         try:
             torch.empty(0, device=self.device)
         except (RuntimeError, AssertionError) as error:
@@ -68,7 +69,7 @@ class Setup:
             model = build(lambda: host(spec, hidden), seed)
         else:
             wanted = parameters(build(lambda: host(Spec.of(BASELINE), hidden)))
-            model = build(lambda: matched(lambda width: host(spec, width), wanted, hidden), seed)
+            model = matched(lambda width: build(lambda: host(spec, width), seed), wanted, hidden)
         return model.to(self.device)
 
 

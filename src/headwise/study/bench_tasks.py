@@ -70,8 +70,9 @@ class DecoderTask(BenchTask):
 
 
 class LanguageModel(DecoderTask):
-    """Windows of 64 characters out of the help texts of Python itself (`pydoc_data.topics`, about 700 kB of English);
-    the last tenth of the text is held out. Chance: the entropy of the characters' frequencies in the training part."""
+    """Windows of 64 characters out of the help texts of Python itself (`pydoc_data.topics`, some 500 kB of English,
+    a little different in each version); the last tenth of the text is held out. Chance: the entropy of the characters'
+    frequencies in the training part."""
 
     name, what = "lm", "next character of English text"
     metric, higher_is_better = "bits per character", False
