@@ -61,7 +61,7 @@ def head_mask(seeds: Sequence[int] = (0, 1, 2, 3, 4), length: int = 6, steps: in
     holds = all(won[f"{what}, {mode}"] >= most for what in ("gini", "rise") for mode in ("rand", "impt"))
     return Finding(
         measured={"seeds": found, "mean": mean, "seeds_better_than_none": won, "heads": LAYERS * HEADS, "cut": cut},
-        expected="For both masks most seeds have a lower Gini coefficient and a smaller rise after the cut than without.",
+        expected="For both masks most seeds have a lower Gini coefficient, and a smaller rise after the cut.",
         verdict="holds" if holds else "fails",
         reason=(
             f"Gini {mean['gini, none']:.2f} without, {mean['gini, rand']:.2f} random, {mean['gini, impt']:.2f} "
