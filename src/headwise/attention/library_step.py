@@ -105,7 +105,7 @@ def made(
         meant = torch.ones_like(meant) if name is None else meant
         if isinstance(edit, HeadGain):
             gain = q.new_ones(len(label), 1, heads, 1) if gain is None else gain
-            gain[:, :, chosen] *= q.new_ones(()).where(~meant, edit.gain)[:, None, None, None]
+            gain[:, :, chosen] *= q.new_ones(()).where(~meant, edit.gain)[:, None, None, None]  # type: ignore[arg-type]
         elif isinstance(edit, ScoreBias):
             step = q.new_full(table.shape, edit.value)
             if isinstance(edit.keys, Tensor):

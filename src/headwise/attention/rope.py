@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -25,7 +26,7 @@ class Rotary:
 
     inv_freq: Float[Tensor, " half"]
     interleaved: bool
-    module: nn.Module | None = None
+    module: Any = None
     """The model's own rotary module, which knows its base and scaling."""
     _kept: dict[Rebase, tuple[tuple, Turns, Turns]] = field(default_factory=dict, repr=False, compare=False)
     _bases: dict[Rebase, Float[Tensor, "base half"]] = field(default_factory=dict, repr=False, compare=False)
@@ -55,10 +56,10 @@ class Rotary:
             return (1 / float(theta) ** (torch.arange(half).double() / half)).to(self.inv_freq)
         from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-        config = copy.copy(self.module.config)  # type: ignore[union-attr]
+        config = copy.copy(self.module.config)
         config.rope_parameters = {**settings, "rope_theta": float(theta)}
         default = kind == "default"
-        make = self.module.compute_default_rope_parameters if default else ROPE_INIT_FUNCTIONS[kind]  # type: ignore[union-attr]
+        make = self.module.compute_default_rope_parameters if default else ROPE_INIT_FUNCTIONS[kind]
         return make(config)[0].to(self.inv_freq)
 
     def turns(self, call: AttentionCall, edit: Rebase, half: int) -> tuple[Turns, Turns]:
@@ -128,15 +129,14 @@ class Turns:
 
 def find_rotary(model: nn.Module, attention: nn.Module) -> Rotary | None:
     """The rotation an attention module's queries and keys went through, read off the model itself."""
-    known = ((m, m.inv_freq) for m in model.modules() if isinstance(getattr(m, "inv_freq", None), Tensor))
-    module, inv_freq = next(known, (None, None))
+    module: Any = next((m for m in model.modules() if isinstance(getattr(m, "inv_freq", None), Tensor)), None)
     half = getattr(sys.modules.get(type(attention).__module__), "rotate_half", None)
-    if inv_freq is None or half is None:
+    if module is None or half is None:
         return None
     turned = half(torch.arange(1.0, 9.0))
     if turned.tolist() == [-5, -6, -7, -8, 1, 2, 3, 4]:
-        return Rotary(inv_freq, False, module)
-    return Rotary(inv_freq, True, module) if turned.tolist() == [-2, 1, -4, 3, -6, 5, -8, 7] else None
+        return Rotary(module.inv_freq, False, module)
+    return Rotary(module.inv_freq, True, module) if turned.tolist() == [-2, 1, -4, 3, -6, 5, -8, 7] else None
 
 
 def turn(
