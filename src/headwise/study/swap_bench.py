@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
 from multiprocessing import get_context
 from pathlib import Path
@@ -117,6 +118,11 @@ def finished(todo: list[Job], setup: Setup, jobs: int) -> Iterator[dict[str, Any
     pool = ProcessPoolExecutor(jobs, get_context("spawn"), initializer=torch.set_num_threads, initargs=(threads,))
     try:
         yield from (future.result() for future in as_completed([pool.submit(train_one, *job, setup) for job in todo]))
+    except BrokenProcessPool:
+        raise HeadwiseError(
+            "jobs: a process died before its run was done: out of memory, or a script that calls bench outside of "
+            "`if __name__ == '__main__':`."
+        ) from None
     finally:  # at an interrupt: what runs is finished, what waits is not begun
         pool.shutdown(cancel_futures=True)
 
