@@ -98,6 +98,14 @@ def test_studies_run(measure, key):
     assert finding.reason.endswith(".")
 
 
+def test_shares_of_the_first_token():
+    mean = sink_swaps(seeds=(0,), steps=1, length=16).measured["mean"]
+    even = sum(1 / (n + 1) for n in range(1, 16)) / 15
+    assert all(abs(m["first"] - even) < 0.05 for m in mean.values())  # as it starts
+    assert mean["softmax"]["row_sum"] == pytest.approx(1) == mean["sigmoid, normalised"]["row_sum"]
+    assert 0.5 < mean["key bias"]["row_sum"] < 0.99 < 3 < mean["sigmoid"]["row_sum"]
+
+
 def test_outputs_begin_far_larger_without_a_bias():
     start = sigmoid_attention(seeds=(0,), steps=1, rows=2).measured["start_norm_over_softmax"]
     assert start["softmax"] == 1

@@ -80,11 +80,12 @@ def inspect(model: nn.Module, language: SinkLanguage, seed: int) -> dict[str, fl
     """Of the head that gives the first token most: that share, and the sum of its rows. And the loss of the model."""
     held_out = replace(language, rows=64)
     ids = held_out(torch.Generator().manual_seed(seed))["input_ids"]
-    with attend(model, [Mass(("first",)), Mass((f"window:{language.length}",), name="all")]) as run:
+    everything = f"window:{language.length}"
+    with attend(model, [Mass(("first", everything))]) as run:
         model(input_ids=ids)
-    data = run.tree["text"].dataset.isel(layer=0, query=slice(1, None))
-    total = data["all"].isel(segment=0, drop=True)
-    share = (data["mass"].isel(segment=0, drop=True) / total.clip(1e-9)).mean(("sample", "query")).values
+    mass = run.tree["text"].dataset["mass"].isel(layer=0, query=slice(1, None))
+    total = mass.sel(segment=everything)
+    share = (mass.sel(segment="first") / total.clip(1e-9)).mean(("sample", "query")).values
     head = int(share.argmax())
     sums = total.mean(("sample", "query")).values
     return {"first": float(share[head]), "row_sum": float(sums[head]), "loss": loss_of(model, held_out, 1, seed)}
