@@ -12,6 +12,7 @@ def write(folder):
         (folder / f"{page.__name__}.md").write_text(page(), encoding="utf-8")
     (folder / "costs.md").write_text(costs(root), encoding="utf-8")
     (folder / "swap_bench.md").write_text(swap_bench(root, folder), encoding="utf-8")
+    (folder / "swap_kernels.md").write_text(swap_kernels(root), encoding="utf-8")
     (folder / "results.md").write_text(results(root, folder), encoding="utf-8")
 
 
@@ -177,6 +178,29 @@ def swap_bench(root, folder):
     return "\n\n".join(parts)
 
 
+def swap_kernels(root):
+    """The stored run of `benchmarks/swap_gpu.py`: every case's time, and as a multiple of PyTorch's kernels."""
+    path = root / "benchmarks" / "results" / "swap_h100.json"
+    if not path.exists():
+        return "No run is stored yet.\n"
+    run = json.loads(path.read_text(encoding="utf-8"))
+    rows = []
+    for name, times in (
+        ("sigmoid", run["sigmoid"]["times"]), ("phase", run["phase"]["times"]), ("routed", run["routed"]),
+    ):  # fmt: skip
+        for row in times:
+            for case, ms in row["ms"].items():
+                against = [f"{ms / row['ms'][k]:.2f}" if k in row["ms"] else "" for k in ("flash", "cudnn")]
+                kind = "causal" if row["causal"] else "full"
+                what = case if name != "routed" else f"heads skipped: {case}".replace("heads skipped: cudnn", "cudnn")
+                rows.append([what, f"{row['way']}, {kind}", f"{row['tokens']:,}", f"{ms:.3f}", *against])
+    for row in run["multi_token"]:
+        where = ["forward, causal", f"{row['tokens']:,}"]
+        rows += [[f"layer, {case}", *where, f"{ms:.3f}", "", ""] for case, ms in row["ms"].items()]
+    shown = table(["case", "way", "tokens", "ms", "times flash", "times cuDNN"], rows)
+    return f"{run['device']}, torch {run['torch']}, triton {run['triton']}; 16 heads, D = 128, bf16.\n\n{shown}"
+
+
 def vocabulary():
     """A table a stage: what the survey calls heads, and the column that measures it or comes nearest."""
     from headwise.scan.vocabulary import FUNCTIONS, STAGES
@@ -200,7 +224,7 @@ def zoo():
 def results(root, folder):
     """The stored benchmark runs: what each says of itself, charts, and its lists of measurements as tables."""
     found = sorted((root / "benchmarks" / "results").glob("*.json"))
-    found = [path for path in found if path.stem != "swap_bench"]  # told on the page of the swap room
+    found = [path for path in found if path.stem not in ("swap_bench", "swap_h100")]  # told elsewhere
     parts = [stored(path.stem, json.loads(path.read_text(encoding="utf-8")), folder) for path in found]
     return "\n".join(parts) or "No results are stored yet.\n"
 
