@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -88,6 +90,8 @@ def test_the_balance_loss_reaches_the_router_through_the_host():
     assert all(b.mechanism.pick.weight.grad is None for b in model.blocks)
     result.loss.backward()
     assert all(b.mechanism.pick.weight.grad.abs().sum() > 0 for b in model.blocks)
+    copied = copy.deepcopy(model.eval())  # which a graph kept would not allow
+    assert torch.equal(copied(ids).logits, model(ids).logits)
 
 
 def test_norms_of_queries_pick_heads():

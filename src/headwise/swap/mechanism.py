@@ -58,6 +58,10 @@ class Mechanism(nn.Module):
         self.head_dim = head_dim or dim // heads
         self.aux_loss: Tensor | None = None
 
+    def train(self, mode: bool = True) -> Self:
+        self.aux_loss = None  # it holds the graph of the last step, with which a module can't be copied
+        return super().train(mode)
+
     @classmethod
     def key(cls) -> str:
         """The name in lists and on the command line: the class's, in small letters with underscores."""
