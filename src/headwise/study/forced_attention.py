@@ -46,9 +46,9 @@ def forced_attention(
     model: Any = "zoo:llm", seeds: Sequence[int] = (0, 1, 2), count: int = 12, chosen: int = 16, draws: int = 4
 ) -> Finding:
     """Coloured objects, the last token's attention in four heads forced onto the two wrong colours. Heads are chosen on
-    sentences about a gift. Controls: as many random heads of the same layers, and the same heads forced onto the right
-    colour. Beside it: what the name movers then look at, and the loss of a novel's tokens with these heads forced onto
-    two of the tokens before."""
+    sentences about a gift; which colours are wrong is told, as in the paper. Controls: as many random heads of the same
+    layers, and the same heads forced onto the right colour. Beside it: what the name movers then look at, and the loss
+    of a novel's tokens with these heads forced onto two of the tokens before."""
     opened = model if isinstance(model, Opened) else open_model(model)
     heads, effects = inhibition_heads(opened, chosen)
     rest = {f"random {n}": same_layers(opened, heads, heads, n) for n in range(draws)}
@@ -100,10 +100,11 @@ def forced_attention(
     claim="Without the heads that carry the asked object from the question to the last token, the answer is a guess.",
 )
 def content_gatherers(
-    model: Any = "zoo:llm", seeds: Sequence[int] = (0, 1, 2), count: int = 12, chosen: int = 12, share: float = 0.1
+    model: Any = "zoo:llm", seeds: Sequence[int] = (0, 1, 2), count: int = 24, chosen: int = 8, share: float = 0.1
 ) -> Finding:
-    """Coloured objects with the last token's view of the question cut in the tenth of the heads that look there most,
-    on other prompts. Controls: as many random other heads, and all heads."""
+    """Coloured objects, those of the prompts that the model answers right, with the last token's view of the question
+    cut in the tenth of the heads that look there most, on other prompts. Controls: as many random other heads, and all
+    heads."""
     opened = model if isinstance(model, Opened) else open_model(model)
     ranked = by_mass(opened, tasks.coloured_objects(100, chosen), "question")
     number = max(1, round(share * len(ranked)))
@@ -111,7 +112,11 @@ def content_gatherers(
     sets: dict[str, Heads] = {"gatherers": top, "all": ranked}
     sets |= {f"random {n}": random.Random(n).sample(others, number) for n in range(3)}
     settings = {n: [steer.Knockout("question", heads=tuple(heads), queries="last")] for n, heads in sets.items()}
-    examples = [e for seed in seeds for e in tasks.coloured_objects(seed, count)]
+    drawn = [e for seed in seeds for e in tasks.coloured_objects(seed, count)]
+    right = evaluate(opened, drawn, {})["right"]
+    examples = [e for e, answered in zip(drawn, right, strict=True) if answered]
+    if len(examples) < 2:
+        raise HeadwiseError(f"content_gatherers: {opened.name} answers {len(examples)} of {len(drawn)} prompts right.")
     table = evaluate(opened, examples, settings)
     drop = difference(table, "gatherers", "right")
     beyond = over_mean(table, "gatherers", [n for n in sets if n.startswith("random")], "right")
@@ -128,6 +133,7 @@ def content_gatherers(
             "change_over_random_heads": beyond,
             "heads": top,
             "prompts": len(examples),
+            "accuracy_on_all_drawn": right.mean(),
         },
         expected="Accuracy falls, more than with random heads, each with 95% certainty, to an interval that holds 1/3.",
         verdict="holds" if holds else "fails",
