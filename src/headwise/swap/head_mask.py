@@ -19,6 +19,7 @@ from headwise.attention.edits import Blend, Edit, HeadGain
 from headwise.attention.run import attend
 from headwise.errors import HeadwiseError
 from headwise.models.anatomy import find_sites
+from headwise.models.open import Opened
 from headwise.paper import Paper
 
 
@@ -42,7 +43,7 @@ class HeadMask(nn.Module):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Opened | nn.Module,
         n: int | None = None,
         mode: Literal["rand", "impt"] = "rand",
         scope: Literal["global", "per_layer"] = "global",
@@ -52,6 +53,7 @@ class HeadMask(nn.Module):
         super().__init__()
         if mode not in ("rand", "impt") or scope not in ("global", "per_layer"):
             raise HeadwiseError(f"mode: rand or impt, scope: global or per_layer; got {mode!r}, {scope!r}.")
+        model = model.model if isinstance(model, Opened) else model
         self.sites = find_sites(model)
         if not self.sites:
             raise HeadwiseError(f"HeadMask: {type(model).__name__} has no attention layer that can be found.")
