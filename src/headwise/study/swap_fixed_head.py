@@ -31,7 +31,11 @@ def fixed_head_size(
     """Copy at an arbitrary offset: every token holds a symbol and the number of a token, asked is that token's symbol.
     One layer of width 64 that sees all tokens, with learned positions: what heads must do is match 32 numbers to 32
     places. Standard heads are 64 / heads wide, fixed ones `head_dim`. Control: standard heads with the feed-forward
-    part widened to as many parameters as the fixed ones have."""
+    part widened to as many parameters as the fixed ones have.
+
+    Why narrow heads don't fail here, said after the first run: to pick one token of 32 few dims are enough, as places
+    on a sphere can all be singled out by long queries. What needs as many dims as tokens is to make any soft pattern
+    (`low_rank_bottleneck`)."""
     draw = copies(length, symbols)
     loss: dict[str, dict[str, list[float]]] = {"standard": {}, "fixed": {}, "standard, as large": {}}
     sizes: dict[str, dict[str, int]] = {name: {} for name in loss}
