@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from itertools import pairwise
 from typing import Any
 
@@ -83,22 +84,24 @@ def softmax_parts(seeds: Sequence[int] = (0, 1, 2), steps: int = 200, rows: int 
 )
 def taylor_orders(
     model: Any = "zoo:llm",
-    orders: Sequence[int] = (2, 4, 8, 16, 32, 64),
+    orders: Sequence[int] = (2, 4, 8, 16, 32, 64, 128, 256),
     sequences: int = 2,
     length: int = 192,
 ) -> Finding:
     """A trained model with the exponential of every layer cut to the first terms of its series (even orders, which are
-    positive), nothing trained: the loss on English prose, over that with softmax."""
+    positive), nothing trained: the loss on English prose, over that with softmax. In float64, on a copy: large scores
+    raised to high powers leave the range of float32."""
     opened = model if isinstance(model, Opened) else open_model(model)
+    exact = deepcopy(opened.model).double()
     ids = windows(opened, sequences, length).to(opened.device)
 
     def loss() -> float:
         with torch.no_grad():
-            return float(opened.model(input_ids=ids, labels=ids).loss)
+            return float(exact(input_ids=ids, labels=ids).loss)
 
     plain, above = loss(), {}
     for order in orders:
-        with swap.convert(opened, "softmax_ablation", numerator="taylor", order=order, normaliser="sum"):
+        with swap.convert(exact, "softmax_ablation", numerator="taylor", order=order, normaliser="sum"):
             above[order] = loss() - plain
     enough = next((order for order in orders if above[order] <= 0.05), None)
     falling = all(above[a] > above[b] for a, b in pairwise(orders) if above[a] > 0.01)
