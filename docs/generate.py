@@ -152,7 +152,10 @@ def swap_bench(root, folder):
     """What `headwise swap bench --out benchmarks/results/swap_bench.json` stored: a table a task, and the curves."""
     path = root / "benchmarks" / "results" / "swap_bench.json"
     if not path.exists():
-        return "No run is stored yet.\n"
+        out = "--out benchmarks/results/swap_bench.json"
+        return (
+            f"No run is stored yet; `headwise swap bench --mechanisms all --tasks recall,relations {out}` makes one.\n"
+        )
     import pandas as pd
 
     from headwise.study.bench_plot import plot
@@ -167,12 +170,12 @@ def swap_bench(root, folder):
     parts.append("![Learning curves of the stored run](_generated/swap_bench.svg)")
     for task, group in summary(runs).groupby("task", sort=False):
         better = "higher" if TASKS[task].higher_is_better else "lower"
-        rows = [
-            [f"`{r.mechanism}`", f"{r.quality:.3f} ± {r.spread:.3f}", f"{r.gain:+.3f}", f"{r.parameters:,.0f}",
-             f"{r.processor_ms:.1f}", f"{r.memory_mb:.1f}", r.note]
-            if r.seeds else [f"`{r.mechanism}`", "", "", "", "", "", r.note]
-            for r in group.itertuples()
-        ]  # fmt: skip
+        rows = []
+        for r in group.itertuples():
+            spread = f" ± {r.spread:.3f}" if r.seeds > 1 else ""
+            numbers = [f"{r.quality:.3f}{spread}", f"{r.gain:+.3f}", f"{r.parameters:,.0f}", f"{r.processor_ms:.1f}",
+                       f"{r.memory_mb:.1f}"] if r.seeds else [""] * 5  # fmt: skip
+            rows.append([f"`{r.mechanism}`", *numbers, r.note])
         parts.append(f"`{task}` ({TASKS[task].metric}, {better} is better; chance {TASKS[task]().chance:.3f}):")
         parts.append(table(["mechanism", "mean ± sd", "gain", "parameters", "processor ms", "MB", "note"], rows))
     return "\n\n".join(parts)

@@ -119,7 +119,8 @@ def train_one(spec: Spec, task_name: str, seed: int, setup: Setup) -> dict[str, 
         curve = [[step, round(quality(kept, task), 6)] for step, kept in trained.each()]
         memory = step_memory(model, on(setup.device, task.draw(torch.Generator().manual_seed(seed))))
     except Exception as error:  # one that fails must not stop the others: the table tells
-        return {**row, "note": f"failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"}
+        kind = "" if isinstance(error, HeadwiseError) else f"{type(error).__name__}: "
+        return {**row, "note": f"failed: {kind}{' '.join(str(error).split())[:200]}"}
     return {
         **row,
         "quality": curve[-1][1],
