@@ -132,6 +132,28 @@ CASES: dict[str, list[Case]] = {
             kv_heads=2,
         ),
     ],
+    "dual_attention": [
+        Case(
+            lambda d, h, k, p: d * (d + k * p) + d * k * p + 2 * (d // 2) ** 2 + 2 * d * d // 2 + p * 4 + (d + 1 + 18) * d,
+            {"symbols": swap.SymbolicAttention(DIM, 2, 9), "position": swap.Rope()},
+            kv_heads=2,
+        ),
+        Case(None, {"relational": 4, "relations": 2, "symmetric": True, "act": "relu", "symbols": "position"}),
+        Case(None, {"share_qk": True, "symbols": swap.RelativeSymbols(DIM, 3)}),
+        Case(projections, {"relational": 0}, kv_heads=2),
+    ],
+    "optimised_attention": [
+        Case(lambda d, h, k, p: 3 * d * d, {"position": swap.Rope()}),
+        Case(lambda d, h, k, p: 3 * d * d + 2 * d + d, {"bias": True, "normaliser": swap.Sigmoid(-2.0)}),
+    ],
+    "efficient_attention": [
+        Case(lambda d, h, k, p: 2 * d * d),
+        Case(lambda d, h, k, p: 2 * d * d, {"position": swap.Rope()}),
+    ],
+    "super_attention": [
+        Case(lambda d, h, k, p: 2 * d * d + 20 * 20, {"max_len": 20}),
+        Case(lambda d, h, k, p: 2 * d * d + h * 12 * 12, {"max_len": 12, "share": False, "position": swap.Rope()}),
+    ],
     "positional_attention": [
         Case(lambda d, h, k, p: 2 * (12 * h * 12 + h * 12) + 2 * (d * d + d), {"length": 12}),
         Case(None, {"vectors": torch.randn(20, 6), "qk_dim": 4}, kv_heads=2),

@@ -10,6 +10,7 @@ from headwise.swap.cache import Cache
 from headwise.swap.catalogue import MECHANISMS, make
 from headwise.swap.convert import Conversion, convert, load
 from headwise.swap.distill import distill
+from headwise.swap.dual import DualAttention
 from headwise.swap.expanding import ExpandingAttention
 from headwise.swap.fixed_head import FixedHeadAttention, widen_heads
 from headwise.swap.head_embedding import HeadEmbeddingAttention
@@ -37,18 +38,24 @@ from headwise.swap.parts import (
     PairMLP,
     Phase,
     Position,
+    PositionSymbols,
     Prior,
+    RelativeSymbols,
     Rope,
     Score,
     Sigmoid,
     Softmax,
+    SymbolicAttention,
+    Symbols,
 )
 from headwise.swap.positional import PositionalAttention
 from headwise.swap.score_activation import ScoreActivation
 from headwise.swap.sigmoid import SigmoidAttention
+from headwise.swap.slim_projection import EfficientAttention, OptimisedAttention
 from headwise.swap.smeared_key import SmearedKey
 from headwise.swap.softmax_ablation import SoftmaxAblation
 from headwise.swap.structural import StructuralAttention
+from headwise.swap.super_attention import SuperAttention
 from headwise.swap.taylor_rnn import TaylorRNN
 from headwise.swap.token_aware_phase import TokenAwarePhaseAttention
 
@@ -63,6 +70,8 @@ __all__ = [
     "Conversion",
     "Cosine",
     "Direct",
+    "DualAttention",
+    "EfficientAttention",
     "Entmax",
     "ExpandingAttention",
     "FixedHeadAttention",
@@ -81,11 +90,14 @@ __all__ = [
     "NexusAttention",
     "Normaliser",
     "Numerator",
+    "OptimisedAttention",
     "PairMLP",
     "Phase",
     "Position",
+    "PositionSymbols",
     "PositionalAttention",
     "Prior",
+    "RelativeSymbols",
     "Rope",
     "Score",
     "ScoreActivation",
@@ -95,6 +107,9 @@ __all__ = [
     "Softmax",
     "SoftmaxAblation",
     "StructuralAttention",
+    "SuperAttention",
+    "SymbolicAttention",
+    "Symbols",
     "TaylorRNN",
     "TokenAwarePhaseAttention",
     "aux_loss",

@@ -19,7 +19,7 @@ from headwise.attention.form import Form, attended
 from headwise.attention.mask import Mask
 from headwise.models.anatomy import Site
 from headwise.paper import Paper
-from headwise.swap.cache import Cache
+from headwise.swap.cache import Cache, Entries
 from headwise.swap.mechanism import Mechanism, Visible
 from headwise.swap.parts.normalisers import Normaliser, Softmax
 from headwise.swap.parts.positions import Places, Position
@@ -103,10 +103,14 @@ class Attention(Mechanism):
         here = self.places(x, positions, entries)
         q, k, v = self.project(x, x if context is None else context, here, context is not None)
         if entries is not None:
-            k, v = entries.extend(k=k, v=v)
+            k, v = self.remember(entries, k, v)
             entries.length += x.shape[1]
         z = self.attend(q, k, v, self.visible(mask, len(x)), here)
         return self.combine(z, x)
+
+    def remember(self, entries: Entries, k: Heads, v: Heads) -> tuple[Heads, ...]:
+        """Keys and values of all tokens so far; mechanisms that can do with less keep less."""
+        return entries.extend(k=k, v=v)
 
     def project(
         self,

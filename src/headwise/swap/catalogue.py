@@ -7,6 +7,7 @@ from typing import Any
 from headwise.errors import HeadwiseError
 from headwise.swap.attention import Attention
 from headwise.swap.biased import BiasedAttention
+from headwise.swap.dual import DualAttention
 from headwise.swap.expanding import ExpandingAttention
 from headwise.swap.fixed_head import FixedHeadAttention
 from headwise.swap.head_embedding import HeadEmbeddingAttention
@@ -21,15 +22,19 @@ from headwise.swap.nexus import NexusAttention
 from headwise.swap.positional import PositionalAttention
 from headwise.swap.score_activation import ScoreActivation
 from headwise.swap.sigmoid import SigmoidAttention
+from headwise.swap.slim_projection import EfficientAttention, OptimisedAttention
 from headwise.swap.smeared_key import SmearedKey
 from headwise.swap.softmax_ablation import SoftmaxAblation
 from headwise.swap.structural import StructuralAttention
+from headwise.swap.super_attention import SuperAttention
 from headwise.swap.taylor_rnn import TaylorRNN
 from headwise.swap.token_aware_phase import TokenAwarePhaseAttention
 
 CLASSES: tuple[type[Mechanism], ...] = (
     Attention,
     BiasedAttention,
+    DualAttention,
+    EfficientAttention,
     ExpandingAttention,
     FixedHeadAttention,
     HeadEmbeddingAttention,
@@ -40,12 +45,14 @@ CLASSES: tuple[type[Mechanism], ...] = (
     MultiTokenAttention,
     NeuralAttention,
     NexusAttention,
+    OptimisedAttention,
     PositionalAttention,
     ScoreActivation,
     SigmoidAttention,
     SmearedKey,
     SoftmaxAblation,
     StructuralAttention,
+    SuperAttention,
     TaylorRNN,
     TokenAwarePhaseAttention,
 )

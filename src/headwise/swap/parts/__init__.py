@@ -10,6 +10,7 @@ from headwise.swap.parts.positions import Alibi, Places, Position, Rope
 from headwise.swap.parts.priors import GeometricBeta, Prior
 from headwise.swap.parts.scores import Additive, Cosine, Score
 from headwise.swap.parts.sigmoid import Sigmoid
+from headwise.swap.parts.symbols import PositionSymbols, RelativeSymbols, SymbolicAttention, Symbols
 
 __all__ = [
     "Activation",
@@ -27,9 +28,13 @@ __all__ = [
     "Phase",
     "Places",
     "Position",
+    "PositionSymbols",
     "Prior",
+    "RelativeSymbols",
     "Rope",
     "Score",
     "Sigmoid",
     "Softmax",
+    "SymbolicAttention",
+    "Symbols",
 ]
