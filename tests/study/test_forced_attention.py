@@ -91,5 +91,5 @@ def test_the_studies_run_on_a_model() -> None:
     assert len(found["heads"]) == studied.KEPT
     assert {"wrong", "right", "random 0", "random 1"} == set(found["change_of_share"])
     assert found["perplexity"]["plain"] != found["perplexity"]["forced"]
-    cut = studied.content_gatherers(opened, seeds=(0,), count=9, chosen=2, share=0.125).measured
+    cut = studied.content_gatherers(opened, seeds=(0, 1), count=12, chosen=2, share=0.125).measured
     assert len(cut["heads"]) == 2
