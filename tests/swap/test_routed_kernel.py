@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from headwise import swap
 from headwise.errors import HeadwiseError
 
 pytest.importorskip("triton")
@@ -50,3 +51,30 @@ def test_bad_input_is_refused():
         routed_attention(q, q, q, torch.ones(1, 2, 4, dtype=torch.bool), 1.0)
     with pytest.raises(HeadwiseError, match=r"has no gradients"):
         routed_attention(q.requires_grad_(), q, q, torch.ones(1, 4, 2, dtype=torch.bool), 1.0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("router", ["learned", "qnorm"])
+def test_a_layer_that_skips_heads_gives_what_it_gives_with_all_of_them(router):
+    torch.manual_seed(0)
+    layer = swap.MixtureOfHeadAttention(256, 4, causal=True, router=router).cuda().eval()
+    x = torch.randn(2, 300, 256, device="cuda")
+    whole = layer(x).detach()  # with gradients all heads are computed
+    with torch.no_grad():
+        assert (layer(x) - whole).norm() / whole.norm() < 1e-4
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["sigmoid_attention", "token_aware_phase_attention"])
+def test_a_layer_with_a_kernel_gives_what_it_gives_without(name):
+    torch.manual_seed(0)
+    layer = swap.make(name, 256, 4, causal=True).cuda().train()
+    x = torch.randn(2, 300, 256, device="cuda", requires_grad=True)
+    with pytest.MonkeyPatch.context() as patch:
+        quick = layer(x)
+        (grad,) = torch.autograd.grad(quick.sum(), x)
+        patch.setattr("headwise.swap.attention.PartsForm.has_kernel", lambda self, call: False)
+        slow = layer(x)
+        (wanted,) = torch.autograd.grad(slow.sum(), x)
+    assert (quick - slow).norm() / slow.norm() < 1e-3
+    assert (grad - wanted).norm() / wanted.norm() < 1e-3

@@ -12,15 +12,40 @@ from __future__ import annotations
 from typing import Any, ClassVar, Literal, Self
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from headwise.attention.call import AttentionCall
+from headwise.attention.form import Form
 from headwise.attention.mask import Mask
 from headwise.errors import HeadwiseError
 from headwise.models.anatomy import Site
 from headwise.paper import Paper
 from headwise.swap.attention import Attention, Heads
+from headwise.swap.kernels import fits
 from headwise.swap.parts.positions import Places
+
+WORTH = 0.9
+"""From this share of active heads on, skipping the others saves nothing at any length."""
+
+
+class RoutedForm(Form):
+    """Plain attention of which some rows of some heads are not wanted."""
+
+    def __init__(self, active: Bool[Tensor, "batch query heads"]):
+        self.active = active
+
+    def has_kernel(self, call: AttentionCall) -> bool:
+        return fits(call) and call.queries > 1 and not torch.is_grad_enabled()
+
+    def kernel(self, call: AttentionCall) -> Heads:
+        from headwise.swap.kernels.routed import routed_attention  # triton is not installed everywhere
+
+        causal = call.mask.right == 0
+        with torch.cuda.device(call.q.device):
+            return routed_attention(
+                call.q, call.k, call.v, self.active, call.scale, causal, call.first - call.j0, call.mask.key_valid
+            )
 
 
 class MixtureOfHeadAttention(Attention):
@@ -35,7 +60,8 @@ class MixtureOfHeadAttention(Attention):
     share of tokens that picked head i: `balance_weight * K` where all are used alike. The paper averages it over
     layers with 0.01; `swap.aux_loss` sums, so divide by their number. Padding counts as tokens.
 
-    All heads are computed and weighted: what the paper saves is `active_share` of them, and not saved here. `gates`
+    On a GPU without gradients the heads a token did not pick are skipped (`kernels/routed.py`), which pays from 16,384
+    tokens where about two thirds of the heads or fewer are active; elsewhere all are computed and weighted. `gates`
     [batch, token, heads] are those of the last forward.
     """
 
@@ -64,22 +90,28 @@ class MixtureOfHeadAttention(Attention):
         self.share = nn.Linear(dim, self.shared, bias=False) if learned and self.shared > 1 else None
         self.balance = nn.Linear(dim, 2, bias=False) if learned and others and self.shared else None
         self.gates: Tensor | None = None
+        self._gates: Tensor | None = None
 
     @property
     def active_share(self) -> float:
         """The share of heads that work for a token."""
         return (self.shared + self.topk) / self.heads
 
+    def project(
+        self, x: Float[Tensor, "batch query dim"], source: Float[Tensor, "batch key dim"], here: Places,
+        crossed: bool = False,
+    ) -> tuple[Heads, Heads, Heads]:  # fmt: skip
+        q, k, v = super().project(x, source, here, crossed)
+        self._gates = self.learned_gates(x) if self.router == "learned" else self.norm_gates(q)
+        self.gates = self._gates.detach()
+        return q, k, v
+
     def attend(self, q: Heads, k: Heads, v: Heads, mask: Mask, here: Places, j0: int = 0, **how: Any) -> Heads:
-        z = super().attend(q, k, v, mask, here, j0, **how)
-        return self.gated(z, self.norm_gates(q)) if self.router == "qnorm" else z
-
-    def combine(self, z: Heads, x: Float[Tensor, "batch query dim"]) -> Float[Tensor, "batch query dim"]:
-        return super().combine(self.gated(z, self.learned_gates(x)) if self.router == "learned" else z, x)
-
-    def gated(self, z: Heads, gates: Float[Tensor, "batch token heads"]) -> Heads:
-        self.gates = gates.detach()
-        return z * gates.mT[..., None].to(z.dtype)
+        gates, self._gates = self._gates, None
+        assert gates is not None
+        if q.is_cuda and not torch.is_grad_enabled() and self.form is None and self.active_share < WORTH:
+            how.setdefault("form", RoutedForm(gates != 0))
+        return super().attend(q, k, v, mask, here, j0, **how) * gates.mT[..., None].to(q.dtype)
 
     def learned_gates(self, x: Float[Tensor, "batch token dim"]) -> Float[Tensor, "batch token heads"]:
         ones = x.new_ones(*x.shape[:2], self.shared)

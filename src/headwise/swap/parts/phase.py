@@ -10,8 +10,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from headwise.attention.call import AttentionCall
-from headwise.attention.engine import has_triton
 from headwise.errors import HeadwiseError
+from headwise.swap.kernels import fits
 from headwise.swap.parts.priors import distance
 from headwise.swap.parts.scores import Score
 
@@ -59,17 +59,7 @@ class Phase(Score):
         return amplitude * torch.cos(2 * math.pi / math.sqrt(q_phase.shape[-1]) * power * angle)
 
     def has_kernel(self, call: AttentionCall) -> bool:
-        mask = call.mask
-        odd = (mask.left, mask.rule, mask.allowed, mask.added, mask.indices, call.bias, call.sinks, call.softcap)
-        return (
-            call.q.is_cuda
-            and has_triton()
-            and self.phase == "quadratic"
-            and all(x is None for x in odd)
-            and mask.right in (None, 0)
-            and call.q.dtype != torch.float64
-            and max(call.q.shape[-1], call.v.shape[-1]) <= 256
-        )
+        return self.phase == "quadratic" and fits(call)
 
     def kernel(self, call: AttentionCall) -> Tensor:
         from headwise.swap.kernels.phase import phase_attention  # triton is not installed everywhere

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from headwise.attention.call import AttentionCall
-from headwise.attention.engine import has_triton
 from headwise.errors import HeadwiseError
+from headwise.swap.kernels import fits
 from headwise.swap.parts.normalisers import Normaliser, Scored, Seen
 
 
@@ -65,18 +65,7 @@ class Sigmoid(Normaliser):
         return a / (count if self.divide == "count" else count.sqrt())
 
     def has_kernel(self, call: AttentionCall) -> bool:
-        mask = call.mask
-        odd = (mask.left, mask.rule, mask.allowed, mask.added, mask.indices, call.bias, call.sinks, call.softcap)
-        return (
-            call.q.is_cuda
-            and has_triton()
-            and self.b != "match"
-            and self.divide is None
-            and all(x is None for x in odd)
-            and mask.right in (None, 0)
-            and call.q.dtype != torch.float64
-            and max(call.q.shape[-1], call.v.shape[-1]) <= 256
-        )
+        return self.b != "match" and self.divide is None and fits(call)
 
     def kernel(self, call: AttentionCall) -> Tensor:
         from headwise.swap.kernels.sigmoid import sigmoid_attention  # triton is not installed everywhere
