@@ -115,6 +115,14 @@ CASES: dict[str, list[Case]] = {
         Case(lambda d, h, k, p: projections(d, h, k, p) + p + (d + 1) * h, {"normaliser": "rms", "out_gate": True}),
         Case(projections, {"order": 3, "normaliser": "clamp"}),
     ],
+    "triadic_attention": [
+        Case(lambda d, h, k, p: 3 * d * d, {"topk": 4}),
+        Case(
+            lambda d, h, k, p: 4 * d * d,
+            {"topk": 3, "latents": 2, "rule_qk": "ad", "rule_v": "latent_awake", "iterations": 2, "out_proj": True},
+        ),
+        Case(lambda d, h, k, p: 3 * d * d, {"topk": 2, "rule_qk": "ad_awake", "bound": "half"}),
+    ],
     "neural_attention": [
         Case(lambda d, h, k, p: projections(d, h, k, p) + shared_mlp(p, 2), {"position": swap.Rope()}, kv_heads=2),
         Case(
@@ -134,13 +142,18 @@ CASES: dict[str, list[Case]] = {
     ],
     "dual_attention": [
         Case(
-            lambda d, h, k, p: d * (d + k * p) + d * k * p + 2 * (d // 2) ** 2 + 2 * d * d // 2 + p * 4 + (d + 1 + 18) * d,
+            lambda d, h, k, p: d * d + 2 * d * k * p + d * d // 2 + d * d + 4 * p + (d + 19) * d,
             {"symbols": swap.SymbolicAttention(DIM, 2, 9), "position": swap.Rope()},
             kv_heads=2,
         ),
         Case(None, {"relational": 4, "relations": 2, "symmetric": True, "act": "relu", "symbols": "position"}),
         Case(None, {"share_qk": True, "symbols": swap.RelativeSymbols(DIM, 3)}),
         Case(projections, {"relational": 0}, kv_heads=2),
+    ],
+    "label_attention": [
+        Case(lambda d, h, k, p: h * p + 2 * h * p * d + p * d + d * d // h + 2 * d // h),
+        Case(None, {"query": "token", "partitioned": True, "ffn": 24, "value_dim": 6, "head_dim": 10}),
+        Case(lambda d, h, k, p: h * p + 3 * h * p * d + 2 * d, {"combine": "concat"}),
     ],
     "optimised_attention": [
         Case(lambda d, h, k, p: 3 * d * d, {"position": swap.Rope()}),

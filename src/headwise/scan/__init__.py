@@ -28,6 +28,7 @@ from headwise.scan.head_similarity import head_similarity, layer_matches
 from headwise.scan.icl import IclScore, icl_score
 from headwise.scan.induction import InductionHeads
 from headwise.scan.key_moments import KeyMoments
+from headwise.scan.label_contribution import label_contribution
 from headwise.scan.lag_curves import CmrDistance
 from headwise.scan.layer_alignment import Advantage, ila_index, ila_interval, layer_alignment
 from headwise.scan.layer_similarity import layer_similarity
@@ -154,6 +155,7 @@ __all__ = [
     "icl_score",
     "ila_index",
     "ila_interval",
+    "label_contribution",
     "later_sink_tokens",
     "layer_alignment",
     "layer_contrast",

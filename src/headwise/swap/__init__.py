@@ -16,6 +16,7 @@ from headwise.swap.fixed_head import FixedHeadAttention, widen_heads
 from headwise.swap.head_embedding import HeadEmbeddingAttention
 from headwise.swap.head_mask import HeadMask, head_gradients
 from headwise.swap.kernel_attention import KernelAttention
+from headwise.swap.label_attention import LabelAttention
 from headwise.swap.mechanism import Mechanism, aux_loss
 from headwise.swap.mixture_of_head import MixtureOfHeadAttention
 from headwise.swap.multi_hop import MultiHopAttention
@@ -58,6 +59,7 @@ from headwise.swap.structural import StructuralAttention
 from headwise.swap.super_attention import SuperAttention
 from headwise.swap.taylor_rnn import TaylorRNN
 from headwise.swap.token_aware_phase import TokenAwarePhaseAttention
+from headwise.swap.triadic import LatentTokens, TriadicAttention, modulate
 
 __all__ = [
     "MECHANISMS",
@@ -81,6 +83,8 @@ __all__ = [
     "HeadMask",
     "KernelAttention",
     "KernelScore",
+    "LabelAttention",
+    "LatentTokens",
     "Mechanism",
     "MixtureOfHeadAttention",
     "MultiHopAttention",
@@ -112,6 +116,7 @@ __all__ = [
     "Symbols",
     "TaylorRNN",
     "TokenAwarePhaseAttention",
+    "TriadicAttention",
     "aux_loss",
     "convert",
     "distill",
@@ -119,5 +124,6 @@ __all__ = [
     "load",
     "make",
     "merge_kv_heads",
+    "modulate",
     "widen_heads",
 ]

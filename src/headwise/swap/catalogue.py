@@ -12,6 +12,7 @@ from headwise.swap.expanding import ExpandingAttention
 from headwise.swap.fixed_head import FixedHeadAttention
 from headwise.swap.head_embedding import HeadEmbeddingAttention
 from headwise.swap.kernel_attention import KernelAttention
+from headwise.swap.label_attention import LabelAttention
 from headwise.swap.mechanism import Mechanism
 from headwise.swap.mixture_of_head import MixtureOfHeadAttention
 from headwise.swap.multi_hop import MultiHopAttention
@@ -29,6 +30,7 @@ from headwise.swap.structural import StructuralAttention
 from headwise.swap.super_attention import SuperAttention
 from headwise.swap.taylor_rnn import TaylorRNN
 from headwise.swap.token_aware_phase import TokenAwarePhaseAttention
+from headwise.swap.triadic import TriadicAttention
 
 CLASSES: tuple[type[Mechanism], ...] = (
     Attention,
@@ -39,6 +41,7 @@ CLASSES: tuple[type[Mechanism], ...] = (
     FixedHeadAttention,
     HeadEmbeddingAttention,
     KernelAttention,
+    LabelAttention,
     MixtureOfHeadAttention,
     MultiHopAttention,
     MultiQueryAttention,
@@ -55,6 +58,7 @@ CLASSES: tuple[type[Mechanism], ...] = (
     SuperAttention,
     TaylorRNN,
     TokenAwarePhaseAttention,
+    TriadicAttention,
 )
 
 

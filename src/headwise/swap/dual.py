@@ -94,7 +94,8 @@ class DualAttention(Attention):
             )
         if share_qk and self.sensory != self.relational:
             raise HeadwiseError(
-                f"DualAttention: share_qk wants equally many heads of both kinds; got {self.sensory}, {self.relational}."
+                f"DualAttention: share_qk wants equally many heads of both kinds; got {self.sensory}, "
+                f"{self.relational}."
             )
         if act not in ACTS or (isinstance(symbols, str) and symbols not in SYMBOLS):
             raise HeadwiseError(
@@ -142,10 +143,8 @@ class DualAttention(Attention):
                 (comparing,) = entries.extend(comparing=comparing)
             entries.length += x.shape[1]
         z = self.attend(q, k, self.widened(v, comparing), seen, here)
-        own, (shown, rest) = (
-            z[:, : self.sensory, :, : self.head_dim],
-            z[:, self.sensory :].tensor_split((self.head_dim,), -1),
-        )
+        own = z[:, : self.sensory, :, : self.head_dim]
+        shown, rest = z[:, self.sensory :].tensor_split((self.head_dim,), -1)
         if self.symbols.relative:
             shown = self.by_distance(rest, here)
         if comparing is not None:

@@ -33,7 +33,8 @@ class SymbolicAttention(Symbols):
         super().__init__()
         if heads < 1 or dim % heads or symbols < 1:
             raise HeadwiseError(
-                f"SymbolicAttention: dim must be a multiple of heads, symbols at least 1; got {dim}, {heads}, {symbols}."
+                f"SymbolicAttention: dim must be a multiple of heads, symbols at least 1; got {dim}, {heads}, "
+                f"{symbols}."
             )
         self.heads = heads
         self.q_proj = nn.Linear(dim, dim)
