@@ -13,7 +13,6 @@ from headwise.study.score_rank import low_rank_bottleneck, score_rank_low
 from headwise.study.sdm import SDMMemory, flipped, sdm_effective_beta, sdm_exponential, sdm_recall
 from headwise.study.selection import normalisation_kinds, selection_limits, softmax_gradient, sparsemax, top_softmax
 from headwise.study.unselectable import (
-    FactorizedLayerNorm,
     majority_batch,
     majority_projection,
     unselectable_models,
@@ -109,16 +108,6 @@ def test_a_memory_weighs_by_the_overlap_and_keeps_strangers() -> None:
     np.testing.assert_array_equal(SDMMemory(stored[:1], 3).read(np.ones((1, 12))), np.ones((1, 12)))
     with pytest.raises(HeadwiseError, match="wanted one of binary"):
         SDMMemory(stored, 3, "fuzzy")
-
-
-def test_the_halves_of_layer_norm() -> None:
-    x = torch.randn(5, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    both = FactorizedLayerNorm(8, affine=False)(x)
-    torch.testing.assert_close(both, F.layer_norm(x, (8,), eps=0))
-    torch.testing.assert_close(both.sum(-1), torch.zeros(5).double(), atol=1e-9, rtol=0)
-    torch.testing.assert_close(both.norm(dim=-1), torch.full((5,), 8**0.5).double())
-    torch.testing.assert_close(FactorizedLayerNorm(8, project=False, affine=False)(x), F.rms_norm(x, (8,), eps=0))
-    torch.testing.assert_close(FactorizedLayerNorm(8, False, False).double()(x), x)
 
 
 def test_majority_rows_have_a_clear_winner() -> None:

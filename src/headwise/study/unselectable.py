@@ -17,26 +17,7 @@ from headwise.scan.unselectable import PAPER
 from headwise.study.finding import Finding
 from headwise.study.registry import study
 from headwise.study.score_rank import one_input
-
-
-class FactorizedLayerNorm(nn.Module):
-    """LayerNorm in its two halves: `project` takes the mean off, `scale` gives every vector the length sqrt(dim). Both:
-    LayerNorm; scale alone: RMSNorm; neither: nothing. The paper's own script without projection scales to 1/sqrt(dim),
-    having divided where it should multiply; here the length is right."""
-
-    def __init__(self, dim: int, project: bool = True, scale: bool = True, affine: bool = True, eps: float = 0.0):
-        super().__init__()
-        self.project, self.scale, self.eps = project, scale, eps
-        self.weight, self.bias = (
-            (nn.Parameter(make(dim)) for make in (torch.ones, torch.zeros)) if affine else (None, None)
-        )
-
-    def forward(self, x: Float[Tensor, "*token dim"]) -> Float[Tensor, "*token dim"]:
-        if self.project:
-            x = x - x.mean(-1, keepdim=True)
-        if self.scale:
-            x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
-        return x if self.weight is None else x * self.weight + self.bias
+from headwise.swap.factorized_norm import FactorizedLayerNorm
 
 
 @study(

@@ -8,10 +8,12 @@ from headwise.swap.attention import Attention
 from headwise.swap.biased import BiasedAttention
 from headwise.swap.cache import Cache
 from headwise.swap.catalogue import MECHANISMS, make
+from headwise.swap.context_broadcast import Broadcasting, ContextBroadcast, broadcast_context
 from headwise.swap.convert import Conversion, convert, load
 from headwise.swap.distill import distill
 from headwise.swap.dual import DualAttention
 from headwise.swap.expanding import ExpandingAttention
+from headwise.swap.factorized_norm import FactorizedLayerNorm, replace_norm
 from headwise.swap.fixed_head import FixedHeadAttention, widen_heads
 from headwise.swap.head_embedding import HeadEmbeddingAttention
 from headwise.swap.head_mask import HeadMask, head_gradients
@@ -68,7 +70,9 @@ __all__ = [
     "Alibi",
     "Attention",
     "BiasedAttention",
+    "Broadcasting",
     "Cache",
+    "ContextBroadcast",
     "Conversion",
     "Cosine",
     "Direct",
@@ -76,6 +80,7 @@ __all__ = [
     "EfficientAttention",
     "Entmax",
     "ExpandingAttention",
+    "FactorizedLayerNorm",
     "FixedHeadAttention",
     "GeometricBeta",
     "Hard",
@@ -118,6 +123,7 @@ __all__ = [
     "TokenAwarePhaseAttention",
     "TriadicAttention",
     "aux_loss",
+    "broadcast_context",
     "convert",
     "distill",
     "head_gradients",
@@ -125,5 +131,6 @@ __all__ = [
     "make",
     "merge_kv_heads",
     "modulate",
+    "replace_norm",
     "widen_heads",
 ]
