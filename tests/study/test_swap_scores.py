@@ -26,7 +26,7 @@ TINY = {
 @pytest.mark.parametrize("name", TINY)
 def test_runs_and_says_what_it_found(name: str):
     finding = get(name).measure(seeds=(0,), **TINY[name])
-    assert finding.verdict in ("holds", "fails")
+    assert finding.verdict in ("holds", "fails", "untestable")
     assert "nan" not in finding.reason
     assert finding.seeds == [0]
 

@@ -29,7 +29,8 @@ def nexus_two_hops(seeds: Sequence[int] = (0, 1, 2), steps: int = 800, dim: int 
     """Associative recall: 4 keys with random values, over and over in new orders. It takes two hops: the value that is
     wanted stands behind the key, and its own key must say so. One layer, one head, equal parameters through the
     feed-forward part; the three readings of the inner attention, and as a yardstick two layers of plain attention with
-    as many parameters."""
+    as many parameters: where not even they learn it, the training was too short to tell. Who only knows which values
+    are left in a round is right in 52%."""
     task = TASKS["recall"]()
 
     def plain(_: int) -> nn.Module:
@@ -40,11 +41,15 @@ def nexus_two_hops(seeds: Sequence[int] = (0, 1, 2), steps: int = 800, dim: int 
         kinds[inner] = (1, lambda _, inner=inner: swap.NexusAttention(dim, 1, inner=inner, causal=True))
     accuracy, sizes = compared(kinds, task, seeds, steps, dim)
     mean = {name: float(np.mean(values)) for name, values in accuracy.items()}
+    learned = min(accuracy["two layers"]) >= 0.9
     gains = [one - other for one, other in zip(accuracy["qkv"], accuracy["standard"], strict=True)]
     return Finding(
         measured={"accuracy": accuracy, "mean": mean, "parameters": sizes, "chance": task.chance},
-        expected='On every seed second order (inner="qkv") is right in 20 percent points more than plain attention.',
-        verdict="holds" if min(gains) >= 0.2 else "fails",
+        expected=(
+            'On every seed second order (inner="qkv") is right in 20 percent points more than plain attention. '
+            "Untestable where it is not, and two plain layers are right in less than 90%."
+        ),
+        verdict="holds" if min(gains) >= 0.2 else "fails" if learned else "untestable",
         reason=(
             f"Right answers: plain {mean['standard']:.1%}, second order "
             f"{', '.join(f'{mean[inner]:.1%} ({inner})' for inner in INNER)}, two plain layers "

@@ -27,7 +27,7 @@ JUDGED = 6
     claim="Trained on small numbers, positional attention computes with larger ones, at a tenth or less of the error.",
 )
 def positional_value_scale(
-    tasks: Sequence[str] = ("sum", "min"), seeds: Sequence[int] = (0, 1, 2), steps: int = 1500, rows: int = 128,
+    tasks: Sequence[str] = ("sum", "min"), seeds: Sequence[int] = (0, 1, 2), steps: int = 800, rows: int = 128,
     width: int = 32, n: int = 8, samples: int = 30_000, ranges: Sequence[int] = (2, 4, 6, 10, 20),
 ) -> Finding:  # fmt: skip
     """Prefix sums and minima (or the other tasks of `positional_transformer`) of 8 numbers within [-2, 2], 4 layers;
