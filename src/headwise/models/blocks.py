@@ -59,11 +59,16 @@ def listed(parts: dict[str, nn.Module], name: str, names: list[str]) -> str | No
 
 def last_matrix(block: nn.Module, site: Site) -> nn.Module | None:
     """The last matrix of the block outside of its attention. None where a block mixes experts: there are several."""
-    inside = set(site.module.modules()) | ({site.out} if site.out is not None else set())
     if any(name.split(".")[-1] in ("experts", "router") for name, _ in block.named_modules()):
         return None
-    found = [m for m in block.modules() if m not in inside and is_matrix(m) and not attends(m, block)]
+    found = matrices(block, site)
     return found[-1] if found else None
+
+
+def matrices(block: nn.Module, site: Site) -> list[nn.Module]:
+    """All matrices of the block outside of its attention, in their order."""
+    inside = set(site.module.modules()) | ({site.out} if site.out is not None else set())
+    return [m for m in block.modules() if m not in inside and is_matrix(m) and not attends(m, block)]
 
 
 def is_matrix(module: nn.Module) -> bool:

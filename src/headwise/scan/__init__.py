@@ -15,6 +15,7 @@ from headwise.scan.collapse import collapse_curves, mixing_bound
 from headwise.scan.comparison import Comparison, compare
 from headwise.scan.contextual_heads import ContextualHeads
 from headwise.scan.copying import CopyHeads
+from headwise.scan.density import Density
 from headwise.scan.dependence import InputDependence
 from headwise.scan.distance import Distance
 from headwise.scan.distance_bias import DistanceBias
@@ -85,6 +86,7 @@ __all__ = [
     "Concentration",
     "ContextualHeads",
     "CopyHeads",
+    "Density",
     "Distance",
     "DistanceBias",
     "DistanceProbe",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from headwise.scan.basin import AttentionBasin
 from headwise.scan.contextual_heads import ContextualHeads
 from headwise.scan.copying import CopyHeads
+from headwise.scan.density import Density
 from headwise.scan.dependence import InputDependence
 from headwise.scan.distance import Distance
 from headwise.scan.distance_bias import DistanceBias
@@ -57,6 +58,7 @@ MORE: tuple[type[Question], ...] = (
     CmrDistance,
     WaveformHeads,
     Concentration,
+    Density,
     InputDependence,
     LongContextHeads,
     DistanceBias,

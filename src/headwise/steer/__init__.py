@@ -30,6 +30,7 @@ from headwise.steer.scale_heads import ScaleHeads
 from headwise.steer.soft_injection import SoftInjection, task_embedding
 from headwise.steer.split_softmax import SplitSoftmax
 from headwise.steer.token_scale import TokenScale
+from headwise.steer.uniform_mix import UniformMix
 from headwise.steer.zero_tuning import ZeroTuning
 
 __all__ = [
@@ -56,6 +57,7 @@ __all__ = [
     "SoftInjection",
     "SplitSoftmax",
     "TokenScale",
+    "UniformMix",
     "ZeroTuning",
     "accuracy",
     "apply",

@@ -19,6 +19,7 @@ from headwise.steer.scale_heads import ScaleHeads
 from headwise.steer.soft_injection import SoftInjection
 from headwise.steer.split_softmax import SplitSoftmax
 from headwise.steer.token_scale import TokenScale
+from headwise.steer.uniform_mix import UniformMix
 from headwise.steer.zero_tuning import ZeroTuning
 
 METHODS: tuple[type[Method], ...] = (
@@ -38,6 +39,7 @@ METHODS: tuple[type[Method], ...] = (
     PatternMask,
     PositionalHiddenScaling,
     ScaleHeads,
+    UniformMix,
 )
 
 
