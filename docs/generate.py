@@ -10,6 +10,8 @@ def write(folder):
     root = folder.parent.parent
     for page in (evidence, questions, roles, steer, swap, swap_reference, swap_tasks, vocabulary, zoo):
         (folder / f"{page.__name__}.md").write_text(page(), encoding="utf-8")
+    for room in ("steer", "swap"):
+        (folder / f"{room}_studies.md").write_text(studied(room), encoding="utf-8")
     (folder / "costs.md").write_text(costs(root), encoding="utf-8")
     (folder / "swap_bench.md").write_text(swap_bench(root, folder), encoding="utf-8")
     (folder / "swap_kernels.md").write_text(swap_kernels(root), encoding="utf-8")
@@ -46,6 +48,17 @@ def evidence():
     if not rows:
         return "No study has been registered yet.\n"
     return table(["claim", "paper", "verdict", "measured (the paper's expectation: `headwise study show`)", "on"], rows)
+
+
+def studied(room):
+    """The claims of one room's papers, and what was found here, in short."""
+    from headwise.study import studies
+
+    rows = [
+        [cite(s.paper), s.claim, f"**{s.finding.verdict}**" if s.finding else "unrun", f"`{s.name}`"]
+        for s in studies() if s.room == room
+    ]  # fmt: skip
+    return table(["paper", "claim", "here", "`headwise study show`"], rows)
 
 
 def short(value):
