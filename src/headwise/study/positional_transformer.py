@@ -30,6 +30,8 @@ class PositionalTransformer(nn.Module):
     not asked for.
     """
 
+    places: Tensor | None
+
     def __init__(
         self, in_dim: int, out_dim: int, n: int, layers: int | None = None, embed_dim: int = 64, heads: int = 2,
         mlp_hidden: int = 64, extra_nodes: int = 1, mode: Mode = "positional",

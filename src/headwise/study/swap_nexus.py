@@ -12,9 +12,10 @@ from headwise.study.bench_tasks import TASKS, BenchTask, quality
 from headwise.study.finding import Finding
 from headwise.study.registry import study
 from headwise.study.swap_train import by_seed, count, fitted, host
+from headwise.swap.nexus import Inner
 
 PAPER = swap.NexusAttention.paper
-INNER = ("qkv", "self", "full")
+INNER: tuple[Inner, ...] = ("qkv", "self", "full")
 Kinds = dict[str, tuple[int, Callable[[int], nn.Module]]]
 """How many layers, and the mechanism of one."""
 
@@ -38,7 +39,7 @@ def nexus_two_hops(seeds: Sequence[int] = (0, 1, 2), steps: int = 800, dim: int 
 
     kinds: Kinds = {"standard": (1, plain), "two layers": (2, plain)}
     for inner in INNER:
-        kinds[inner] = (1, lambda _, inner=inner: swap.NexusAttention(dim, 1, inner=inner, causal=True))
+        kinds[inner] = (1, second_order(dim, 1, inner))
     accuracy, sizes = compared(kinds, task, seeds, steps, dim)
     mean = {name: float(np.mean(values)) for name, values in accuracy.items()}
     learned = min(accuracy["two layers"]) >= 0.9
@@ -82,7 +83,7 @@ def nexus_language(
         "one layer more": (layers + 1, plain),
     }
     for inner in INNER:
-        kinds[inner] = (layers, lambda _, inner=inner: swap.NexusAttention(dim, heads, inner=inner, causal=True))
+        kinds[inner] = (layers, second_order(dim, heads, inner))
     bits, sizes = compared(kinds, task, seeds, steps, dim)
     mean = {name: float(np.mean(values)) for name, values in bits.items()}
     cost = {name: n * make(0).flops(64) for name, (n, make) in kinds.items()}  # type: ignore[operator]
@@ -103,6 +104,10 @@ def nexus_language(
         model=f"decoders of {layers} layers, trained for {steps} steps",
         seeds=list(seeds),
     )
+
+
+def second_order(dim: int, heads: int, inner: Inner) -> Callable[[int], nn.Module]:
+    return lambda _: swap.NexusAttention(dim, heads, inner=inner, causal=True)
 
 
 def compared(

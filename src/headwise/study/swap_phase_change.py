@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -125,7 +125,7 @@ def repeats(vocabulary: int, rows: int = 32, length: int = LATE[1]) -> Draw:
 
 
 @torch.no_grad()
-def measured(model: nn.Module, held: dict[str, Tensor]) -> tuple[float, float]:
+def measured(model: nn.Module, held: Mapping[str, Tensor]) -> tuple[float, float]:
     """The best head's prefix matching, and the in-context-learning score."""
     ids = held["input_ids"]
     with attend(model, [Map()]) as run:

@@ -30,6 +30,7 @@ class PositionalAttention(Attention):
         "Positional Attention: Expressivity and Learnability of Algorithmic Computation", "2410.01686"
     )
     what: ClassVar[str] = "weights learned for places; contents enter by the values alone"
+    vectors: Tensor
 
     def __init__(
         self, dim: int, heads: int, kv_heads: int | None = None, head_dim: int | None = None, *,

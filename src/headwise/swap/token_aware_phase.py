@@ -28,8 +28,9 @@ class TokenAwarePhaseAttention(Attention):
         self, dim: int, heads: int, kv_heads: int | None = None, head_dim: int | None = None, *,
         alpha: float = 0.1, theta: float = 0.5, phase: Literal["quadratic", "linear"] = "quadratic", **parts: Any,
     ):  # fmt: skip
-        super().__init__(dim, heads, kv_heads, head_dim, score=Phase(alpha, theta, phase), **parts)
-        self.score.amplitude_dims(self.head_dim)
+        score = Phase(alpha, theta, phase)
+        super().__init__(dim, heads, kv_heads, head_dim, score=score, **parts)
+        score.amplitude_dims(self.head_dim)  # refuses heads too narrow to be split
 
     @classmethod
     def host_parts(cls, position: Position) -> dict[str, Any]:

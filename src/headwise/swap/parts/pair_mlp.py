@@ -115,7 +115,7 @@ class Linears(nn.Module):
         self.bias = nn.Parameter(torch.empty(nets, out).uniform_(-bound, bound)) if bias else None
 
     def forward(self, x: Float[Tensor, "batch heads *token width"], net: Tensor | None) -> Tensor:
-        weight, bias = (p if p is None else p.to(x.dtype) for p in (self.weight, self.bias))
+        weight, bias = self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype)
         if net is None:
             return F.linear(x, weight[0], None if bias is None else bias[0])
         flat = x.flatten(2, -2)
