@@ -45,6 +45,7 @@ NEUTRAL = {
     "ACT": steer.ACT(beta=1.0),
     "SoftInjection": steer.SoftInjection(torch.ones(2, 4, 8), torch.zeros(2, 4)),
     "ConceptHeads": steer.ConceptHeads(((0, 1),), alpha=1.0),
+    "UniformMix": steer.UniformMix(lam=0.0),
     "ScaleHeads": steer.ScaleHeads(gain=1.0),
     "PositionalHiddenScaling": steer.PositionalHiddenScaling(5, factor=1.0),
 }
@@ -64,6 +65,7 @@ ACTIVE = {
     "Knockout": steer.Knockout("span", queries="last"),
     "PatternMask": steer.PatternMask("previous", heads=((0, 1),)),
     "PositionalHiddenScaling": steer.PositionalHiddenScaling(5, layers=(0, 1)),
+    "UniformMix": steer.UniformMix(lam=0.7),
     "ScaleHeads": steer.ScaleHeads(heads=((0, 1),), gain=-1.0),
 }
 
