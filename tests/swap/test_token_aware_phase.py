@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -78,10 +79,22 @@ def test_the_expected_score_fades_and_its_variance_stays():
         assert ratio > 0.8 if distance == 0 else 0.45 < ratio < 0.55
 
 
-def test_no_kernel_here_and_for_what_it_can_not_do():
-    q = torch.zeros(1, 2, 5, 8)
-    form = PartsForm(swap.Phase(), swap.Softmax())
-    assert not form.has_kernel(AttentionCall(q, q, q, 1.0))
+@pytest.mark.parametrize("first,causal", [(0, False), (9, True)])
+def test_the_kernel_is_told_what_the_call_says(first: int, causal: bool, monkeypatch):
+    """In Triton's interpreter: grouped keys, padding, and queries that come after keys of a cache."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, heads, rows, 32, generator=generator) for heads, rows in ((4, 8), (2, 17), (2, 17)))
+    valid = torch.rand(2, 17, generator=generator) > 0.2
+    valid[:, 0] = True
+    mask = Mask(right=0 if causal else None, key_valid=valid, batch=2)
+    call = AttentionCall(q, k, v, 1.0, mask, i=torch.arange(first, first + 8))
+    form = PartsForm(swap.Phase(theta=0.75), swap.Softmax())
+    assert not form.has_kernel(call)  # not on a CPU
+    k, v = (x.repeat_interleave(2, 1) for x in (k, v))
+    s = form.scores(q, k, call).masked_fill(~mask.dense(call.i, 0, 17), float("-inf"))
+    torch.testing.assert_close(form.kernel(call), s.softmax(-1) @ v, rtol=0, atol=2e-5)
 
 
 @pytest.mark.gpu
