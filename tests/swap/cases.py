@@ -57,6 +57,23 @@ CASES: dict[str, list[Case]] = {
         Case(lambda d, h, k, p: projections(d, h, k, p) + 1 + 2 * p, {"score": swap.Cosine(), "qk_norm": True}),
     ],
     "fixed_head_attention": [Case(projections, {"head_dim": 16, "position": swap.Rope()}, kv_heads=2)],
+    "fixed_qk_attention": [
+        Case(projections, {"length": 20, "position": swap.Rope()}, kv_heads=2),
+        Case(projections, {"source": "static", "position": swap.Rope()}),
+    ],
+    "gated_mlp_mixer": [
+        Case(lambda d, h, k, p: 3 * d * round((projections(d, h, k, p)) / (3 * d)), readable=False),
+        Case(lambda d, h, k, p: 3 * d * 7, {"hidden": 7}, readable=False),
+    ],
+    "self_gate_attention": [
+        Case(projections, kv_heads=2),
+        Case(lambda d, h, k, p: projections(d, h, k, p) + 2 * p, {"qk_norm": True}),
+    ],
+    "taylor_attention": [
+        Case(projections, kv_heads=2),
+        Case(projections, {"normalize": "per_order"}, kv_heads=2),
+        Case(projections, {"order": 3, "normalize": "per_order"}, tolerance=1e-7),
+    ],
     "head_embedding_attention": [
         Case(embedded, {"mode": "mul"}),
         Case(embedded, {"mode": "add", "position": swap.Alibi()}),

@@ -15,6 +15,8 @@ from headwise.swap.dual import DualAttention
 from headwise.swap.expanding import ExpandingAttention
 from headwise.swap.factorized_norm import FactorizedLayerNorm, replace_norm
 from headwise.swap.fixed_head import FixedHeadAttention, widen_heads
+from headwise.swap.fixed_qk import FixedQKAttention, FixedStream
+from headwise.swap.gated_mlp import GatedMLPMixer
 from headwise.swap.head_embedding import HeadEmbeddingAttention
 from headwise.swap.head_mask import HeadMask, head_gradients
 from headwise.swap.kernel_attention import KernelAttention
@@ -53,12 +55,14 @@ from headwise.swap.parts import (
 )
 from headwise.swap.positional import PositionalAttention
 from headwise.swap.score_activation import ScoreActivation
+from headwise.swap.self_gate import SelfGateAttention
 from headwise.swap.sigmoid import SigmoidAttention
 from headwise.swap.slim_projection import EfficientAttention, OptimisedAttention
 from headwise.swap.smeared_key import SmearedKey
 from headwise.swap.softmax_ablation import SoftmaxAblation
 from headwise.swap.structural import StructuralAttention
 from headwise.swap.super_attention import SuperAttention
+from headwise.swap.taylor_attention import PerOrder, TaylorAttention
 from headwise.swap.taylor_rnn import TaylorRNN
 from headwise.swap.token_aware_phase import TokenAwarePhaseAttention
 from headwise.swap.triadic import LatentTokens, TriadicAttention, modulate
@@ -82,6 +86,9 @@ __all__ = [
     "ExpandingAttention",
     "FactorizedLayerNorm",
     "FixedHeadAttention",
+    "FixedQKAttention",
+    "FixedStream",
+    "GatedMLPMixer",
     "GeometricBeta",
     "Hard",
     "HeadEmbeddingAttention",
@@ -101,6 +108,7 @@ __all__ = [
     "Numerator",
     "OptimisedAttention",
     "PairMLP",
+    "PerOrder",
     "Phase",
     "Position",
     "PositionSymbols",
@@ -110,6 +118,7 @@ __all__ = [
     "Rope",
     "Score",
     "ScoreActivation",
+    "SelfGateAttention",
     "Sigmoid",
     "SigmoidAttention",
     "SmearedKey",
@@ -119,6 +128,7 @@ __all__ = [
     "SuperAttention",
     "SymbolicAttention",
     "Symbols",
+    "TaylorAttention",
     "TaylorRNN",
     "TokenAwarePhaseAttention",
     "TriadicAttention",

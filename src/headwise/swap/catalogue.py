@@ -10,6 +10,8 @@ from headwise.swap.biased import BiasedAttention
 from headwise.swap.dual import DualAttention
 from headwise.swap.expanding import ExpandingAttention
 from headwise.swap.fixed_head import FixedHeadAttention
+from headwise.swap.fixed_qk import FixedQKAttention
+from headwise.swap.gated_mlp import GatedMLPMixer
 from headwise.swap.head_embedding import HeadEmbeddingAttention
 from headwise.swap.kernel_attention import KernelAttention
 from headwise.swap.label_attention import LabelAttention
@@ -22,12 +24,14 @@ from headwise.swap.neural_attention import NeuralAttention
 from headwise.swap.nexus import NexusAttention
 from headwise.swap.positional import PositionalAttention
 from headwise.swap.score_activation import ScoreActivation
+from headwise.swap.self_gate import SelfGateAttention
 from headwise.swap.sigmoid import SigmoidAttention
 from headwise.swap.slim_projection import EfficientAttention, OptimisedAttention
 from headwise.swap.smeared_key import SmearedKey
 from headwise.swap.softmax_ablation import SoftmaxAblation
 from headwise.swap.structural import StructuralAttention
 from headwise.swap.super_attention import SuperAttention
+from headwise.swap.taylor_attention import TaylorAttention
 from headwise.swap.taylor_rnn import TaylorRNN
 from headwise.swap.token_aware_phase import TokenAwarePhaseAttention
 from headwise.swap.triadic import TriadicAttention
@@ -39,6 +43,8 @@ CLASSES: tuple[type[Mechanism], ...] = (
     EfficientAttention,
     ExpandingAttention,
     FixedHeadAttention,
+    FixedQKAttention,
+    GatedMLPMixer,
     HeadEmbeddingAttention,
     KernelAttention,
     LabelAttention,
@@ -51,11 +57,13 @@ CLASSES: tuple[type[Mechanism], ...] = (
     OptimisedAttention,
     PositionalAttention,
     ScoreActivation,
+    SelfGateAttention,
     SigmoidAttention,
     SmearedKey,
     SoftmaxAblation,
     StructuralAttention,
     SuperAttention,
+    TaylorAttention,
     TaylorRNN,
     TokenAwarePhaseAttention,
     TriadicAttention,

@@ -29,16 +29,15 @@ class FactorizedLayerNorm(nn.Module):
     def __init__(self, dim: int, project: bool = True, scale: bool = True, affine: bool = True, eps: float = 0.0):
         super().__init__()
         self.project, self.scale, self.eps = project, scale, eps
-        self.weight, self.bias = (
-            (nn.Parameter(make(dim)) for make in (torch.ones, torch.zeros)) if affine else (None, None)
-        )
+        self.weight = nn.Parameter(torch.ones(dim)) if affine else None
+        self.bias = nn.Parameter(torch.zeros(dim)) if affine else None
 
     def forward(self, x: Float[Tensor, "*token dim"]) -> Float[Tensor, "*token dim"]:
         if self.project:
             x = x - x.mean(-1, keepdim=True)
         if self.scale:
             x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
-        return x if self.weight is None else x * self.weight + self.bias
+        return x if self.weight is None or self.bias is None else x * self.weight + self.bias
 
 
 def replace_norm(

@@ -65,7 +65,7 @@ class Mechanism(nn.Module):
     @classmethod
     def key(cls) -> str:
         """The name in lists and on the command line: the class's, in small letters with underscores."""
-        return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", cls.__name__).lower()
+        return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", cls.__name__).lower()
 
     @classmethod
     def host_parts(cls, position: Position) -> dict[str, Any]:
