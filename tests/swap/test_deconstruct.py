@@ -11,6 +11,7 @@ from headwise import swap
 from headwise.attention import Map, attend
 from headwise.errors import HeadwiseError
 from headwise.study.hosts import Decoder
+from headwise.study.swap_deconstruct import deconstructing_attention, variants
 from tests.models.tiny import llama
 from tests.swap.cases import DIM, HEADS, tokens
 
@@ -178,3 +179,10 @@ def test_bad_input_is_refused_by_name():
         swap.GatedMLPMixer(32, 4, hidden=0)
     with pytest.raises(HeadwiseError, match=r"leave out context"):
         swap.GatedMLPMixer(32, 4)(tokens().float(), context=tokens().float())
+
+
+def test_the_study_runs():
+    found = deconstructing_attention(seeds=(0,), steps=2, rows=2, layers=2)
+    assert found.verdict in ("holds", "fails")
+    assert len(found.measured["nats"]) == 15
+    assert set(found.measured["skipped"]) == set(variants(8, 0))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from torch import nn
 from headwise import scan, swap
 from headwise.study.bench_tasks import LanguageModel, quality
 from headwise.study.finding import Finding
-from headwise.study.hosts import Decoder
+from headwise.study.hosts import Block, Decoder
 from headwise.study.registry import study
 from headwise.study.swap_train import by_seed, fitted
 from headwise.study.train import build, windows
@@ -46,7 +47,7 @@ def factorized_norm_training(
     def measure(seed: int) -> dict[str, float]:
         nats = {}
         for name, halves in KINDS.items():
-            model = fitted(build(lambda h=halves: narrow(task, layers, h), seed), task, seed, steps)
+            model = fitted(build(partial(narrow, task, layers, halves), seed), task, seed, steps)
             nats[name] = quality(model, task) * math.log(2)
             rates[name].append(unselectable_tokens(model, task, tokens))
         return nats
@@ -75,6 +76,7 @@ def narrow(task: LanguageModel, layers: int, halves: dict[str, bool]) -> Decoder
         lambda _: swap.Attention(DIM, HEADS, causal=True), task.vocabulary, DIM, layers, positions=task.length
     )
     for block in model.blocks:
+        assert isinstance(block, Block)
         block.norm = swap.FactorizedLayerNorm(DIM, affine=False, eps=1e-6, **halves)
     return model
 
@@ -83,8 +85,8 @@ def narrow(task: LanguageModel, layers: int, halves: dict[str, bool]) -> Decoder
 def unselectable_tokens(model: nn.Module, task: LanguageModel, tokens: int) -> list[float]:
     """Of every layer, on one held-out window."""
     seen: list[torch.Tensor] = []
-    blocks: list[nn.Module] = list(model.blocks)  # type: ignore[arg-type]
-    hooks = [block.norm.register_forward_hook(lambda _m, _a, out: seen.append(out[0])) for block in blocks]
+    norms = [block.norm for block in model.modules() if isinstance(block, Block)]
+    hooks = [norm.register_forward_hook(lambda _m, _a, out: seen.append(out[0])) for norm in norms]
     try:
         model(**windows(task.kept, 1, tokens)(torch.Generator().manual_seed(1)))
     finally:
