@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 
 from headwise.attention import Mass, attend
+from headwise.errors import HeadwiseError
 from headwise.models import Opened, open_model
 from headwise.scan.needles import haystack
 from headwise.scan.positional_channels import positional_channels as search
@@ -24,7 +25,9 @@ from headwise.study.registry import study
 from headwise.study.tasks import Example
 
 DEPTHS = 5
-WORDS = tuple(sorted({*tasks.JOBS, *tasks.OBJECTS, *tasks.COLOURS, *tasks.PLACES, *tasks.GIFTS} - {"key"}))
+WORDS = tuple(
+    sorted({*tasks.JOBS, *tasks.OBJECTS, *tasks.COLOURS, *tasks.PLACES, *tasks.GIFTS, *tasks.THINGS} - {"key"})
+)
 
 
 @study(
@@ -36,8 +39,8 @@ WORDS = tuple(sorted({*tasks.JOBS, *tasks.OBJECTS, *tasks.COLOURS, *tasks.PLACES
 def positional_hidden_scaling(
     model: Any = "zoo:llm",
     seeds: Sequence[int] = (0, 1),
-    per_depth: int = 8,
-    calibration: int = 3,
+    per_depth: int = 6,
+    calibration: int = 2,
     items: int = 24,
     samples: int = 6,
     length: int = 1000,
@@ -61,13 +64,14 @@ def positional_hidden_scaling(
             seeds=list(seeds),
         )
     start = PositionalHiddenScaling(found.channels[0], layers=found.layers)
-    method = start.calibrate(opened, lists(1000, calibration, items), found.channels)
-    known = set(found.table["channel"])
+    words = one_token_words(opened)
+    method = start.calibrate(opened, lists(1000, calibration, items, words), found.channels)
+    monotonic = set(found.table["channel"])
     width = next(site for site in opened.sites if site.stream == "text").W_Q.shape[1]
-    others = [c for c in np.random.default_rng(7).permutation(width).tolist() if c not in known][:2]
+    others = [c for c in np.random.default_rng(7).permutation(width).tolist() if c not in monotonic][:2]
     factor = method.factor if method.factor != 1 else 0.0
     placebo = [replace(method, channel=c, factor=factor) for c in others]
-    examples = [example for seed in seeds for example in lists(seed, per_depth, items)]
+    examples = [example for seed in seeds for example in lists(seed, per_depth, items, words)]
     logp = {"plain": answers(opened, examples), "scaled": answers(opened, examples, method)}
     logp |= {f"channel {m.channel}": answers(opened, examples, m) for m in placebo}
     places = np.array([example.place for example in examples])
@@ -114,14 +118,21 @@ def positional_hidden_scaling(
     )
 
 
-def lists(seed: int, per_depth: int, items: int) -> list[Example]:
+def one_token_words(opened: Opened) -> list[str]:
+    """Words that the model reads as one token, so that all options of a list share a pass."""
+    return [w for w in WORDS if len(opened.tokenizer(f" {w}", add_special_tokens=False)["input_ids"]) == 1]
+
+
+def lists(seed: int, per_depth: int, items: int, known: Sequence[str] = WORDS) -> list[Example]:
     """`per_depth` lists for each of five depths of the pair asked for, whose segment is "gold"."""
+    if len(known) < items:
+        raise HeadwiseError(f"items: there are {len(known)} words of one token for a list; got {items}.")
     rng = np.random.default_rng(seed)
     made = []
     for number in range(DEPTHS * per_depth):
         depth = number % DEPTHS
         gold = round(depth * (items - 1) / (DEPTHS - 1))
-        words = rng.permutation(WORDS)[:items].tolist()
+        words = rng.permutation(known)[:items].tolist()
         numbers = rng.permutation(90)[:items] + 10
         keys = [f"{a}{n}" for a, n in zip(rng.choice(list("BCDFGHJKLM"), items), numbers, strict=True)]
         text, spans = "", {}
