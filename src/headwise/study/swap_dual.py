@@ -77,7 +77,7 @@ LOOSE = (same, all_different)
     claim="With few examples dual attention learns relations of objects better than attention of equally many weights.",
 )
 def dual_attention_relations(
-    seeds: Sequence[int] = (0, 1, 2), samples: Sequence[int] = (250, 1000), steps: int = 200
+    seeds: Sequence[int] = (0, 1, 2), samples: Sequence[int] = (250, 1000), steps: int = 150
 ) -> Finding:
     """Four games after those of the paper's relational games (same, all different, match pattern, between), with random
     vectors for pictures. Encoders of two layers, width 32 and 4 heads, of which none, half or all are relational; all
