@@ -97,8 +97,8 @@ def deconstructing_attention(
         measured={"nats": loss, "nats_by_seed": found, "skipped": skipped, "parameters": full},
         expected=(
             "Mean losses in uniform: standard < approximate < static, text and random < MLP and non-approximate "
-            "(without norm). Hybrids of all but the approximate one close at least half of the gap to standard. Skipping the "
-            "variants' layers costs every hybrid more than 0.5 nats."
+            "(without norm). Hybrids of all but the approximate one close at least half of the gap to standard. "
+            "Skipping the variants' layers costs every hybrid more than 0.5 nats."
         ),
         verdict="holds" if ordered and closed and harmed else "fails",
         reason=(

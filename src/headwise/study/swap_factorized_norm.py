@@ -77,7 +77,7 @@ def narrow(task: LanguageModel, layers: int, halves: dict[str, bool]) -> Decoder
     )
     for block in model.blocks:
         assert isinstance(block, Block)
-        block.norm = swap.FactorizedLayerNorm(DIM, affine=False, eps=1e-6, **halves)
+        block.norm = swap.FactorizedLayerNorm(DIM, affine=False, eps=1e-6, **halves)  # type: ignore[assignment]
     return model
 
 

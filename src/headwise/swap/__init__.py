@@ -54,6 +54,7 @@ from headwise.swap.parts import (
     Symbols,
 )
 from headwise.swap.positional import PositionalAttention
+from headwise.swap.product_keys import ProductKeyMemory
 from headwise.swap.score_activation import ScoreActivation
 from headwise.swap.self_gate import SelfGateAttention
 from headwise.swap.sigmoid import SigmoidAttention
@@ -66,6 +67,7 @@ from headwise.swap.taylor_attention import PerOrder, TaylorAttention
 from headwise.swap.taylor_rnn import TaylorRNN
 from headwise.swap.token_aware_phase import TokenAwarePhaseAttention
 from headwise.swap.triadic import LatentTokens, TriadicAttention, modulate
+from headwise.swap.upscale import MemoryBlock, Upscaled, depth_upscale
 
 __all__ = [
     "MECHANISMS",
@@ -98,6 +100,7 @@ __all__ = [
     "LabelAttention",
     "LatentTokens",
     "Mechanism",
+    "MemoryBlock",
     "MixtureOfHeadAttention",
     "MultiHopAttention",
     "MultiQueryAttention",
@@ -114,6 +117,7 @@ __all__ = [
     "PositionSymbols",
     "PositionalAttention",
     "Prior",
+    "ProductKeyMemory",
     "RelativeSymbols",
     "Rope",
     "Score",
@@ -132,9 +136,11 @@ __all__ = [
     "TaylorRNN",
     "TokenAwarePhaseAttention",
     "TriadicAttention",
+    "Upscaled",
     "aux_loss",
     "broadcast_context",
     "convert",
+    "depth_upscale",
     "distill",
     "head_gradients",
     "load",
