@@ -156,6 +156,8 @@ def test_bad_input():
         swap.DualAttention(DIM, HEADS, relations=3)
     with pytest.raises(HeadwiseError, match=r"relational must be 0 to 4, a multiple of 2"):
         swap.DualAttention(DIM, HEADS, 2, relational=1)
+    with pytest.raises(HeadwiseError, match=r"relational must be 0 to 4, a multiple of 4.*got None"):
+        swap.DualAttention(DIM, HEADS, 1)
     with pytest.raises(HeadwiseError, match=r"share_qk wants equally many heads of both kinds; got 3, 1"):
         swap.DualAttention(DIM, HEADS, relational=1, share_qk=True)
     with pytest.raises(HeadwiseError, match=r"act is one of identity.*got 'cube'"):

@@ -83,7 +83,8 @@ class DualAttention(Attention):
             raise HeadwiseError(
                 f"DualAttention: heads side by side must be dim wide; got {heads} of {self.head_dim}, dim={dim}."
             )
-        if not 0 <= self.relational <= heads or self.relational % group or self.relations < 0:
+        unsaid = relational is None and not self.relational  # too few key-value heads for half of the heads
+        if unsaid or not 0 <= self.relational <= heads or self.relational % group or self.relations < 0:
             raise HeadwiseError(
                 f"DualAttention: relational must be 0 to {heads}, a multiple of {group}, relations not negative; got "
                 f"{relational}, {relations}."
