@@ -149,7 +149,7 @@ def test_bad_input_is_refused_by_name():
         swap.depth_upscale(llama(), kind="other")
     with pytest.raises(HeadwiseError, match=r"n are of memories; kind is 'copy'"):
         swap.depth_upscale(llama(), kind="copy", n=4)
-    with pytest.raises(HeadwiseError, match=r"T5ForConditionalGeneration is no transformers decoder"):
+    with pytest.raises(HeadwiseError, match=r"T5ForConditionalGeneration is no decoder of transformers"):
         swap.depth_upscale(t5())
     with pytest.raises(HeadwiseError, match=r"every must be at least 1; got 0"):
         swap.depth_upscale(llama(), every=0)

@@ -4,6 +4,7 @@
 >>> y = layer(x)
 """
 
+from headwise.swap.add_shortcut import Shortcut, add_shortcut
 from headwise.swap.attention import Attention
 from headwise.swap.biased import BiasedAttention
 from headwise.swap.cache import Cache
@@ -21,6 +22,7 @@ from headwise.swap.head_embedding import HeadEmbeddingAttention
 from headwise.swap.head_mask import HeadMask, head_gradients
 from headwise.swap.kernel_attention import KernelAttention
 from headwise.swap.label_attention import LabelAttention
+from headwise.swap.layer_shortcut import LayerShortcutAttention
 from headwise.swap.mechanism import Mechanism, aux_loss
 from headwise.swap.mixture_of_head import MixtureOfHeadAttention
 from headwise.swap.multi_hop import MultiHopAttention
@@ -99,6 +101,7 @@ __all__ = [
     "KernelScore",
     "LabelAttention",
     "LatentTokens",
+    "LayerShortcutAttention",
     "Mechanism",
     "MemoryBlock",
     "MixtureOfHeadAttention",
@@ -123,6 +126,7 @@ __all__ = [
     "Score",
     "ScoreActivation",
     "SelfGateAttention",
+    "Shortcut",
     "Sigmoid",
     "SigmoidAttention",
     "SmearedKey",
@@ -137,6 +141,7 @@ __all__ = [
     "TokenAwarePhaseAttention",
     "TriadicAttention",
     "Upscaled",
+    "add_shortcut",
     "aux_loss",
     "broadcast_context",
     "convert",

@@ -136,9 +136,7 @@ def layers_of(model: nn.Module, sites: list[Site]) -> nn.ModuleList:
     found = model.get_submodule(lists.pop()) if len(lists) == 1 else None
     fits = isinstance(found, nn.ModuleList) and len(found) == len(sites) and hasattr(model, "config")
     if not fits or any(entrance(site.module) != "registry" for site in sites):
-        raise HeadwiseError(
-            f"depth_upscale: {type(model).__name__} is no transformers decoder with its layers in one list."
-        )
+        raise HeadwiseError(f"{type(model).__name__} is no decoder of transformers with all its layers in one list.")
     return found  # type: ignore[return-value]
 
 
@@ -175,13 +173,18 @@ def made(kind: str, layer: nn.Module, site: Site, memory: dict[str, Any]) -> nn.
     attention.set_submodule(output, nn.Identity())
     like = site.W_Q
     bank = ProductKeyMemory(site.heads, site.value_dim, **memory).to(device=like.device, dtype=like.dtype)
-    norm = next((m for m in new.children() if type(m).__name__.endswith("Norm")), None)
-    if norm is None:
-        raise HeadwiseError(f"depth_upscale: {type(layer).__name__} has no norm in front of its attention.")
-    block = MemoryBlock(attention, norm, bank).train(layer.training)
+    block = MemoryBlock(attention, first_norm(new), bank).train(layer.training)
     if hasattr(layer, "attention_type"):
         block.attention_type = layer.attention_type
     return block
+
+
+def first_norm(layer: nn.Module) -> nn.Module:
+    """The norm in front of a pre-norm layer's attention: the first of its children that is one."""
+    for child in layer.children():
+        if type(child).__name__.endswith("Norm"):
+            return child
+    raise HeadwiseError(f"{type(layer).__name__} has no norm in front of its attention.")
 
 
 def matrix(module: nn.Module) -> bool:
