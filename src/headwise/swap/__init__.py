@@ -55,6 +55,7 @@ from headwise.swap.parts import (
     SymbolicAttention,
     Symbols,
 )
+from headwise.swap.patterned import PAL, PATTERNS, PALEncoder, PatternedEncoder, keys_of_patterns
 from headwise.swap.positional import PositionalAttention
 from headwise.swap.product_keys import ProductKeyMemory
 from headwise.swap.score_activation import ScoreActivation
@@ -73,6 +74,8 @@ from headwise.swap.upscale import MemoryBlock, Upscaled, depth_upscale
 
 __all__ = [
     "MECHANISMS",
+    "PAL",
+    "PATTERNS",
     "Activation",
     "Additive",
     "Alibi",
@@ -113,7 +116,9 @@ __all__ = [
     "Normaliser",
     "Numerator",
     "OptimisedAttention",
+    "PALEncoder",
     "PairMLP",
+    "PatternedEncoder",
     "PerOrder",
     "Phase",
     "Position",
@@ -148,6 +153,7 @@ __all__ = [
     "depth_upscale",
     "distill",
     "head_gradients",
+    "keys_of_patterns",
     "load",
     "make",
     "merge_kv_heads",
