@@ -32,7 +32,7 @@ def run_rows(call: AttentionCall, edits: Edits, parts: Sequence[Part]) -> Result
     if len(found) > 1:
         raise HeadwiseError(f"Recompute: one at a time in a layer; {call.site and call.site.name} is given several.")
     if not call.local:
-        raise HeadwiseError(f"Recompute: {type(call.form).__name__} mixes rows or heads, so none can be computed alone.")
+        raise HeadwiseError(f"Recompute: {type(call.form).__name__} mixes rows or heads: none stands alone.")
     edits = [pair for pair in edits if not isinstance(pair[0], Recompute)]
     [(edit, heads)] = found
     made = edit.make(call)
