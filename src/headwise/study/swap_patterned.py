@@ -201,7 +201,7 @@ def patterned_pals(
     mean = {name: float(np.mean(x)) for name, x in found.items()}
     return Finding(
         measured={"f1": found},
-        expected="On average over seeds the F1 of the base is below that of free PALs, and this at most that with patterns.",
+        expected="On average over seeds the base is below free PALs in F1, and these at most as high as with patterns.",
         verdict="holds" if mean["base"] < mean["pals"] <= mean["pals with patterns"] else "fails",
         reason="F1: " + ", ".join(f"{name} {np.round(x, 3).tolist()}" for name, x in found.items()) + ".",
         model=f"BERT of {LAYERS} layers and width {DIM}, trained here",
