@@ -11,7 +11,7 @@ from headwise import swap
 from headwise.errors import HeadwiseError
 from headwise.study.swap_shortcut import layer_shortcuts
 from tests.models.tiny import llama
-from tests.swap.test_convert import IDS, out, qwen3
+from tests.swap.test_convert import IDS, gpt2, out, qwen3
 
 DIM, HEADS, STATES = 32, 4, 3
 
@@ -119,6 +119,24 @@ def test_a_converted_decoder_generates_through_caches(mode):
         assert torch.equal(*both)
         usage = shortcut.depth_usage(input_ids=IDS)
         torch.testing.assert_close(usage, torch.ones(2, 4, 7, 1))
+
+
+def test_layers_that_are_called_by_place():
+    """GPT-2 hands its layers the cache and the mask by place."""
+    model = gpt2()
+    plain = out(model)
+    with swap.add_shortcut(model) as shortcut, torch.no_grad():
+        torch.testing.assert_close(out(model), plain, rtol=0, atol=1e-6)
+        shortcut.attention.o_proj.weight.normal_()
+        whole = out(model)
+        first = model(IDS[:, :4], use_cache=True)
+        rest = model(IDS[:, 4:], past_key_values=first.past_key_values).logits
+        torch.testing.assert_close(rest, whole[:, 4:], rtol=0, atol=1e-5)
+        mask, places = torch.tensor([[0, 0, 1, 1, 1, 1, 1]]), torch.arange(7)[None]
+        alone = model(IDS[:1, 2:], position_ids=places[:, 2:]).logits
+        shown = model(IDS[:1], attention_mask=mask, position_ids=places).logits
+        torch.testing.assert_close(shown[:, 2:], alone, rtol=0, atol=1e-5)
+    assert torch.equal(out(model), plain)
 
 
 def test_bad_input_is_refused_by_name():

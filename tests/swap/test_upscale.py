@@ -11,6 +11,7 @@ from headwise.attention import Mass, attend
 from headwise.errors import HeadwiseError
 from headwise.study.swap_upscale import memory_upscaling
 from tests.models.tiny import llama, t5
+from tests.swap.test_convert import gpt2
 
 IDS = torch.tensor([[1, 5, 6, 7, 8, 9, 10], [1, 11, 12, 5, 6, 13, 14]])
 MEMORY = {"n": 4, "topk": 3}
@@ -100,6 +101,24 @@ def test_decodes_through_caches_after_training(make):
     torch.testing.assert_close(rest, whole[:, 4:], rtol=0, atol=1e-5)
     both = [model.generate(IDS, max_new_tokens=4, do_sample=False, use_cache=cached) for cached in (True, False)]
     assert torch.equal(*both)
+
+
+def test_layers_that_are_called_by_place():
+    """GPT-2 hands its layers the cache and the mask by place."""
+    model = gpt2()
+    upscaled = swap.depth_upscale(model, every=1, **MEMORY)
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1] * 7])
+    with torch.no_grad():
+        for block in upscaled.blocks:
+            block.memory.values.normal_()
+        whole, padded = model(IDS).logits, model(IDS, attention_mask=mask).logits
+        first = model(IDS[:, :4], use_cache=True)
+        rest = model(IDS[:, 4:], past_key_values=first.past_key_values).logits
+        alone = model(IDS[:1, 2:], position_ids=torch.arange(2, 7)[None]).logits
+        shown = model(IDS, attention_mask=mask, position_ids=torch.arange(7)[None]).logits
+    torch.testing.assert_close(rest, whole[:, 4:], rtol=0, atol=1e-5)
+    torch.testing.assert_close(shown[:1, 2:], alone, rtol=0, atol=1e-5)
+    assert not torch.allclose(padded[0], whole[0])
 
 
 def test_a_memory_sees_no_later_token_and_learns():

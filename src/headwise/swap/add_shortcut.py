@@ -18,7 +18,7 @@ from headwise.models.open import Opened
 from headwise.swap.adapter import HostTurn, Replacement, refuse
 from headwise.swap.convert import set_module
 from headwise.swap.layer_shortcut import LayerShortcutAttention
-from headwise.swap.upscale import first_norm, layers_of
+from headwise.swap.upscale import arguments_of, first_norm, layers_of
 
 
 class Gathered(Replacement):
@@ -41,9 +41,11 @@ class Gathered(Replacement):
         self.states.clear()
         return super().forward(states, **given)
 
-    def added(self, _layer: nn.Module, args: tuple, given: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        x, *rest = args
-        return (x + self(x, **given)[0], *rest), given
+    def added(self, layer: nn.Module, args: tuple, given: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        """A hook in front of the last layer."""
+        named = {**dict(zip(arguments_of(layer), args, strict=False)), **given}
+        x = named.pop("hidden_states")
+        return (), {"hidden_states": x + self(x, **named)[0], **named}
 
 
 @dataclass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Self
@@ -30,18 +31,26 @@ class MemoryBlock(nn.Module):
 
     paper: ClassVar[Paper] = PAPER
 
-    def __init__(self, attention: nn.Module, norm: nn.Module, memory: ProductKeyMemory):
+    def __init__(
+        self,
+        attention: nn.Module,
+        norm: nn.Module,
+        memory: ProductKeyMemory,
+        arguments: Sequence[str] = ("hidden_states",),
+    ):
+        """arguments: the names of what its host hands over by place."""
         super().__init__()
+        self.arguments = tuple(arguments)
         self.self_attn, self.input_layernorm, self.memory = attention, norm, memory
         self.gain: Tensor
         self.register_buffer("gain", torch.ones(memory.heads))
 
-    def forward(
-        self, hidden_states: Float[Tensor, "batch token dim"], **given: Any
-    ) -> Float[Tensor, "batch token dim"]:
-        z, *_ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **given)
+    def forward(self, *args: Any, **given: Any) -> Float[Tensor, "batch token dim"]:
+        given = {**dict(zip(self.arguments, args, strict=False)), **given}
+        x = given.pop("hidden_states")
+        z, *_ = self.self_attn(hidden_states=self.input_layernorm(x), **given)
         read, *_ = self.memory(z.unflatten(-1, (self.memory.heads, -1)))
-        return hidden_states + (read * self.gain[:, None].to(read)).flatten(2)
+        return x + (read * self.gain[:, None].to(read)).flatten(2)
 
 
 @dataclass
@@ -121,13 +130,20 @@ def depth_upscale(
             parameter.requires_grad_(id(parameter) in new)
     places = [n + 1 + i for i, n in enumerate(behind)]
     upscaled = Upscaled(inner, places, blocks, layers, config, frozen)
-    if before is not None and not torch.allclose(tried(inner), before, atol=1e-4, rtol=1e-4):
+    if before is not None and not unchanged(inner, before):
         upscaled.undo()
         raise HeadwiseError(
             f"depth_upscale: {type(inner).__name__} gives another output with new blocks that should add nothing: its "
             "layers are not of a kind that this function knows."
         )
     return upscaled
+
+
+def unchanged(model: nn.Module, before: Tensor) -> bool:
+    try:
+        return torch.allclose(tried(model), before, atol=1e-4, rtol=1e-4)
+    except TypeError:  # an argument that the copied attention doesn't take
+        return False
 
 
 def layers_of(model: nn.Module, sites: list[Site]) -> nn.ModuleList:
@@ -173,7 +189,7 @@ def made(kind: str, layer: nn.Module, site: Site, memory: dict[str, Any]) -> nn.
     attention.set_submodule(output, nn.Identity())
     like = site.W_Q
     bank = ProductKeyMemory(site.heads, site.value_dim, **memory).to(device=like.device, dtype=like.dtype)
-    block = MemoryBlock(attention, first_norm(new), bank).train(layer.training)
+    block = MemoryBlock(attention, first_norm(new), bank, arguments_of(layer)).train(layer.training)
     if hasattr(layer, "attention_type"):
         block.attention_type = layer.attention_type
     return block
@@ -187,6 +203,11 @@ def first_norm(layer: nn.Module) -> nn.Module:
     raise HeadwiseError(f"{type(layer).__name__} has no norm in front of its attention.")
 
 
+def arguments_of(layer: nn.Module) -> list[str]:
+    """The names of a layer's arguments, in order."""
+    return list(inspect.signature(layer.forward).parameters)
+
+
 def matrix(module: nn.Module) -> bool:
     weight = getattr(module, "weight", None)
     return isinstance(weight, Tensor) and weight.ndim == 2
@@ -197,6 +218,7 @@ def tried(model: nn.Module) -> Float[Tensor, "one token vocabulary"]:
     """Logits of a few tokens."""
     device = next(model.parameters()).device
     mode = model.training
-    out = model.eval()(input_ids=torch.arange(1, 6, device=device)[None], use_cache=False)
-    model.train(mode)
-    return out[0]
+    try:
+        return model.eval()(input_ids=torch.arange(1, 6, device=device)[None], use_cache=False)[0]
+    finally:
+        model.train(mode)
