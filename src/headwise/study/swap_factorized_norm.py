@@ -34,7 +34,7 @@ DIM, HEADS = 8, 4
     claim="Without LayerNorm's scaling a narrow language model has keys that no query can choose, and learns less.",
 )
 def factorized_norm_training(
-    seeds: Sequence[int] = (0, 1, 2), steps: int = 400, layers: int = 4, length: int = 256, tokens: int = 256
+    seeds: Sequence[int] = (0, 1, 2), steps: int = 250, layers: int = 4, length: int = 256, tokens: int = 256
 ) -> Finding:
     """Decoders of 4 layers, width 8 and 4 heads, as in the paper, on the characters of Python's help texts (the paper
     trains 50,000 steps on web text with windows of 1,024 tokens). The norm in front of attention, without gain and
