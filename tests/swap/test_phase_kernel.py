@@ -11,7 +11,7 @@ from headwise.errors import HeadwiseError
 
 pytest.importorskip("triton")
 from headwise.swap.kernels.phase import phase_attention
-from tests.swap.test_sigmoid_kernel import DEVICE, drawn
+from tests.swap.truth import DEVICE, check, drawn
 
 
 def reference(q, k, v, dims, alpha, causal, offset, valid):
@@ -42,14 +42,7 @@ def compare(case, dtype, tolerance):
     heads, kv_heads, queries, keys, dim, value_dim, dims, causal, offset, padded = case
     given, valid = drawn(heads, kv_heads, queries, keys, dim, value_dim, dtype)
     how = (dims, 0.1, causal, offset, valid if padded else None)
-    out = phase_attention(*given, *how)
-    weight = torch.randn_like(out)
-    true = [x.detach().double().requires_grad_() for x in given]
-    wanted = reference(*true, *how)
-    pairs = [(out, wanted)]
-    pairs += zip(torch.autograd.grad(out, given, weight), torch.autograd.grad(wanted, true, weight.double()))
-    for got, truth in pairs:
-        assert (got.double() - truth).norm() / truth.norm() < tolerance
+    check(lambda *x: phase_attention(*x, *how), lambda *x: reference(*x, *how), given, tolerance)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -10,7 +10,7 @@ from headwise.errors import HeadwiseError
 
 pytest.importorskip("triton")
 from headwise.swap.kernels.routed import routed_attention
-from tests.swap.test_sigmoid_kernel import DEVICE, drawn
+from tests.swap.truth import DEVICE, drawn
 
 
 def compare(heads, kv_heads, queries, keys, dim, causal, padded, dtype, tolerance):

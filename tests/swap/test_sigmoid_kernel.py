@@ -9,8 +9,7 @@ from headwise.errors import HeadwiseError
 
 pytest.importorskip("triton")
 from headwise.swap.kernels.sigmoid import sigmoid_attention
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+from tests.swap.truth import check, drawn
 
 
 def reference(q, k, v, scale, b, causal, offset, valid):
@@ -32,25 +31,11 @@ CASES = [
 ]
 
 
-def drawn(heads, kv_heads, queries, keys, dim, value_dim, dtype):
-    generator = torch.Generator().manual_seed(0)
-    shapes = [(2, heads, queries, dim), (2, kv_heads, keys, dim), (2, kv_heads, keys, value_dim)]
-    given = [torch.randn(shape, generator=generator).to(DEVICE, dtype).requires_grad_() for shape in shapes]
-    return given, (torch.rand(2, keys, generator=generator) > 0.3).to(DEVICE)
-
-
 def compare(case, dtype, tolerance):
     heads, kv_heads, queries, keys, dim, value_dim, causal, offset, padded = case
     given, valid = drawn(heads, kv_heads, queries, keys, dim, value_dim, dtype)
     how = (dim**-0.5, -1.3, causal, offset, valid if padded else None)
-    out = sigmoid_attention(*given, *how)
-    weight = torch.randn_like(out)
-    true = [x.detach().double().requires_grad_() for x in given]
-    wanted = reference(*true, *how)
-    pairs = [(out, wanted)]
-    pairs += zip(torch.autograd.grad(out, given, weight), torch.autograd.grad(wanted, true, weight.double()))
-    for got, truth in pairs:
-        assert (got.double() - truth).norm() / truth.norm() < tolerance
+    check(lambda *x: sigmoid_attention(*x, *how), lambda *x: reference(*x, *how), given, tolerance)
 
 
 @pytest.mark.parametrize("case", CASES)
