@@ -168,11 +168,12 @@ def patterned(heads_per_pattern: int) -> Segmenter:
     claim="Projected attention layers beside a trained encoder help more when their heads keep to patterns.",
 )
 def patterned_pals(
-    seeds: Sequence[int] = (0, 1, 2), steps: int = 300, more: int = 150, rows: int = 16, tests: int = 512
+    seeds: Sequence[int] = (0, 1, 2), steps: int = 1500, more: int = 300, rows: int = 16, tests: int = 512
 ) -> Finding:
-    """A BERT of 2 layers and width 64 learns the segmentation of `patterned_encoder` for 300 steps and is frozen; then
-    projected attention layers of width 32 with 4 heads, and the classifier, learn it for 150 more, free ones and ones
-    with the four patterns. The paper's BERT was trained on other text before."""
+    """A BERT of 2 layers and width 64 learns the segmentation of `patterned_encoder` and is frozen; then projected
+    attention layers of width 32 with 4 heads, and the classifier, learn it further, free ones and ones with the four
+    patterns. The paper's BERT was trained on other text before. After a first run (300 and 150 steps) in which no model
+    found a single boundary, training was lengthened and "untestable" added for that case; the rule is the first."""
     from transformers import BertConfig, BertModel
 
     config = BertConfig(
@@ -199,10 +200,11 @@ def patterned_pals(
 
     found = by_seed(measure, tuple(seeds))
     mean = {name: float(np.mean(x)) for name, x in found.items()}
+    holds = mean["base"] < mean["pals"] <= mean["pals with patterns"]
     return Finding(
-        measured={"f1": found},
+        measured={"f1": found, "steps": [steps, more]},
         expected="On average over seeds the base is below free PALs in F1, and these at most as high as with patterns.",
-        verdict="holds" if mean["base"] < mean["pals"] <= mean["pals with patterns"] else "fails",
+        verdict="untestable" if not any(mean.values()) else "holds" if holds else "fails",
         reason="F1: " + ", ".join(f"{name} {np.round(x, 3).tolist()}" for name, x in found.items()) + ".",
         model=f"BERT of {LAYERS} layers and width {DIM}, trained here",
         seeds=list(seeds),
