@@ -14,6 +14,7 @@ PAPER = Paper("A Paper That Was Never Written", "0000.00000")
 @pytest.fixture
 def shelf(tmp_path, monkeypatch):
     """Studies of this test only, and a place of its own for their findings."""
+    registry.studies()  # a module registers once, when it is first imported: into the register that stays
     monkeypatch.setattr(registry, "_REGISTERED", {})
     monkeypatch.setattr(registry, "evidence", lambda: tmp_path)
     monkeypatch.setattr(registry, "_shelves", lambda: [tmp_path])

@@ -107,7 +107,7 @@ def test_bad_input_is_refused_by_name():
 
 def test_the_studies_run():
     found = patterned_encoder(seeds=(0,), steps=2, rows=2, tests=4)
-    assert found.verdict in ("holds", "fails")
+    assert found.verdict in ("holds", "fails", "untestable")
     assert set(found.measured["f1"]) == {"0", "1", "2"}
     found = patterned_pals(seeds=(0,), steps=2, more=2, rows=2, tests=4)
     assert set(found.measured["f1"]) == {"base", "pals", "pals with patterns"}
