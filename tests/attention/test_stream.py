@@ -110,11 +110,16 @@ def test_stream_equals_dense(dtype: torch.dtype, data: st.DataObject) -> None:
     close(streamed, out, tolerance, "output")
     for reading in wanted:
         for name, value in values[reading].items():
+            got = read[reading][name]
+            if isinstance(reading, SegmentEntropy) and dtype == torch.float32:
+                # Weights below 1e-38 are no numbers of float32: segments of such weights are left out.
+                mass = dense(effects, [Mass(reading.segments)], torch.float64)[1][Mass(reading.segments)]["mass"]
+                got, value = (torch.where(mass > 1e-30, x, 0.0) for x in (got, value))
             if name != "top_index":
-                close(read[reading][name], value, tolerance, f"{reading}: {name}")
+                close(got, value, tolerance, f"{reading}: {name}")
                 continue
             # Equal weights may stand in another order: the weight at the place found must be the one claimed.
-            place = (read[reading][name] - call.j0).clamp(min=0)
+            place = (got - call.j0).clamp(min=0)
             weights = values[Map()]["map"].gather(-1, place)
             claimed = read[reading]["top_value"]
-            close(torch.where(read[reading][name] >= 0, weights, 0.0), claimed, tolerance, "top_index")
+            close(torch.where(got >= 0, weights, 0.0), claimed, tolerance, "top_index")
