@@ -97,6 +97,23 @@ def test_round_trip_on_disk(tmp_path):
         swap.load(tmp_path.parent)
 
 
+def test_a_layer_that_fails_leaves_the_model_whole(monkeypatch):
+    model, made = llama(), []
+    plain, own = out(model), swap.Attention.from_site.__func__
+
+    def second_fails(cls, *args, **given):
+        made.append(own(cls, *args, **given))
+        if len(made) > 1:
+            raise HeadwiseError("no second layer")
+        return made[0]
+
+    monkeypatch.setattr(swap.Attention, "from_site", classmethod(second_fails))
+    with pytest.raises(HeadwiseError, match="no second layer"):
+        swap.convert(model, "attention")
+    assert not any(isinstance(module, swap.Mechanism) for module in model.modules())
+    assert torch.equal(out(model), plain)
+
+
 def test_layouts():
     assert chosen_layers("odd", 6) == [0, 2, 4]
     assert chosen_layers("25%", 8) == [3, 7]

@@ -14,7 +14,6 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from headwise.attention import steps
 from headwise.attention.call import AttentionCall
 from headwise.attention.edits import Edit, HeadGain, ScoreBias
 from headwise.attention.incoming import Seen
@@ -147,18 +146,9 @@ def sayable(edit: Edit, names: Sequence[str]) -> bool:
     return named and (edit.queries is None or edit.queries in (*names, FIRST))
 
 
-class Planner(steps.Planner):
-    """Knows the steps of this file beside the others."""
-
-    def _run(
-        self, call: AttentionCall, edits: Sequence[tuple[Edit, list[int]]], known: LabelTable, forced: str | None,
-        form: str | None,
-    ) -> tuple[steps.Run | None, str, str]:  # fmt: skip
-        found = super()._run(call, edits, known, forced, form)
-        plain = all(x is None for x in (call.softcap, call.sinks, call.bias, call.form))
-        if found[0] is not None or call.q.is_cuda or forced is not None or not plain:
-            return found
-        if not all(sayable(edit, known.all_names) for edit, _ in edits):
-            return found
-        step = LibraryStep(edits, known, call.scale, call.group > 1)
-        return step.run, "library", "one token at a time: biases and gains worked out once, in PyTorch's attention"
+def library_step(call: AttentionCall, edits: Sequence[tuple[Edit, list[int]]], known: LabelTable) -> LibraryStep | None:
+    """The step for calls like this one; None where a row of biases and gains does not say all of it."""
+    plain = all(x is None for x in (call.softcap, call.sinks, call.bias, call.form))
+    if call.q.is_cuda or not plain or not all(sayable(edit, known.all_names) for edit, _ in edits):
+        return None
+    return LibraryStep(edits, known, call.scale, call.group > 1)

@@ -22,9 +22,8 @@ from headwise.attention.call import AttentionCall
 from headwise.attention.carrier import Carrier, carry
 from headwise.attention.function_mode import FunctionMode
 from headwise.attention.incoming import Frame, describe, past_length
-from headwise.attention.library_step import Planner
 from headwise.attention.recompute import run_rows
-from headwise.attention.steps import Step
+from headwise.attention.steps import Planner, Step
 from headwise.errors import HeadwiseError
 from headwise.models.anatomy import Site, attention_kind, find_sites, guess_stream
 

@@ -20,6 +20,7 @@ from headwise.attention.effects import Effects
 from headwise.attention.engine import forced_path, has_triton, library_can, library_form
 from headwise.attention.incoming import Frame, Seen
 from headwise.attention.label_table import LabelTable
+from headwise.attention.library_step import library_step
 from headwise.attention.scratch import Scratch
 
 Run = Callable[[Tensor, Tensor, Tensor, Seen], Tensor | None]
@@ -118,6 +119,9 @@ class Planner:
             step = fused_step(call, edits, known, self.scratch)
             if step is not None:
                 return step.run, "fused", "one token at a time: tables made once, one pass over the keys"
+        rows = library_step(call, edits, known) if forced is None else None
+        if rows is not None:
+            return rows.run, "library", "one token at a time: biases and gains worked out once, in PyTorch's attention"
         return None, "", ""
 
 

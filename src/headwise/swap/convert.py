@@ -76,11 +76,15 @@ def convert(
         reason = refuse(site)
         if reason is not None:
             raise HeadwiseError(f"convert: {site.name} ({type(site.module).__name__}) can't be replaced: {reason}.")
-    mechanisms, originals = {}, {}
-    for site in (sites[n] for n in chosen):
-        mechanisms[site.name] = replace(inner, site, cls, own)
-        originals[site.name] = site.module
-    return Conversion(inner, cls.key(), own, mechanisms, originals)
+    conversion = Conversion(inner, cls.key(), own, {}, {})
+    try:
+        for site in (sites[n] for n in chosen):
+            conversion.mechanisms[site.name] = replace(inner, site, cls, own)
+            conversion.originals[site.name] = site.module
+    except BaseException:
+        conversion.undo()  # a layer that can't be made leaves no model that is half another
+        raise
+    return conversion
 
 
 def replace(model: nn.Module, site: Site, cls: type[Mechanism], own: dict[str, Any]) -> Mechanism:

@@ -25,8 +25,9 @@ from headwise.swap.attention import Attention, Heads
 from headwise.swap.kernels import fits
 from headwise.swap.parts.positions import Places
 
-WORTH = 0.9
-"""From this share of active heads on, skipping the others saves nothing at any length."""
+LONG, FEW = 16384, 0.5
+"""From so many queries on, and up to this share of active heads, skipping the others was measured to be quicker than
+PyTorch's attention for all of them (benchmarks/swap_gpu.py)."""
 
 
 class RoutedForm(Form):
@@ -36,7 +37,7 @@ class RoutedForm(Form):
         self.active = active
 
     def has_kernel(self, call: AttentionCall) -> bool:
-        return fits(call) and call.queries > 1 and not torch.is_grad_enabled()
+        return fits(call) and not torch.is_grad_enabled()
 
     def kernel(self, call: AttentionCall) -> Heads:
         from headwise.swap.kernels.routed import routed_attention  # triton is not installed everywhere
@@ -60,8 +61,8 @@ class MixtureOfHeadAttention(Attention):
     share of tokens that picked head i: `balance_weight * K` where all are used alike. The paper averages it over
     layers with 0.01; `swap.aux_loss` sums, so divide by their number. Padding counts as tokens.
 
-    On a GPU without gradients the heads a token did not pick are skipped (`kernels/routed.py`), which pays from 16,384
-    tokens where about two thirds of the heads or fewer are active; elsewhere all are computed and weighted. `gates`
+    On a GPU, without gradients, from 16,384 tokens on and where at most half of the heads are active, those a token did
+    not pick are skipped (`kernels/routed.py`); elsewhere that is no quicker, and all are computed and weighted. `gates`
     [batch, token, heads] are those of the last forward.
     """
 
@@ -109,7 +110,8 @@ class MixtureOfHeadAttention(Attention):
     def attend(self, q: Heads, k: Heads, v: Heads, mask: Mask, here: Places, j0: int = 0, **how: Any) -> Heads:
         gates, self._gates = self._gates, None
         assert gates is not None
-        if q.is_cuda and not torch.is_grad_enabled() and self.form is None and self.active_share < WORTH:
+        worth = q.is_cuda and q.shape[2] >= LONG and self.active_share <= FEW
+        if worth and self.form is None and not torch.is_grad_enabled():
             how.setdefault("form", RoutedForm(gates != 0))
         return super().attend(q, k, v, mask, here, j0, **how) * gates.mT[..., None].to(q.dtype)
 
