@@ -31,7 +31,7 @@ RESULTS = Path(__file__).parent / "results" / "steer_cpu.json"
 LENGTHS = (512, 2048)
 TOKENS = 8
 """Tokens a way decodes in one round."""
-PREFILLS = 3
+PREFILLS = 5
 BUCKETS = steer.AttentionBuckets((1.0, 1.5, 2.0))
 THREE = [(layer, head) for layer in (3, 9, 20) for head in range(9)]
 WAYS: dict[str, tuple[str, tuple[steer.Method, ...]]] = {

@@ -10,7 +10,7 @@ the paper's text).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Literal
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from headwise.attention import Edit, Rebase, attend
 from headwise.attention.carrier import Carrier
+from headwise.attention.memory import kept
 from headwise.attention.rope import GROWING, Rotary, find_rotary
 from headwise.errors import HeadwiseError
 from headwise.models import Opened
@@ -98,7 +99,9 @@ class AttentionBuckets(Method):
         before = opened.model.register_forward_pre_hook(self._multiply, with_kwargs=True, prepend=True)
         after = opened.model.register_forward_hook(self._merge)
         try:
-            yield
+            # Several long rows in one batch: their activations are of a size that would be fetched anew in every layer.
+            with kept() if opened.device.type == "cpu" else nullcontext():
+                yield
         finally:
             before.remove()
             after.remove()
