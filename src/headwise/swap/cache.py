@@ -18,6 +18,7 @@ class Entries:
 
     def __init__(self) -> None:
         self.grown: dict[str, Tensor] = {}
+        self._rooms: dict[str, Tensor] = {}
         self.states: dict[str, Tensor] = {}
         self.length = 0
 
@@ -25,8 +26,22 @@ class Entries:
         """The new tokens' tensors appended to the old ones, all of them returned in the order given."""
         for name, tensor in new.items():
             old = self.grown.get(name)
-            self.grown[name] = tensor if old is None else torch.cat([old, tensor], -2)
+            self.grown[name] = tensor if old is None else self._joined(name, old, tensor)
         return tuple(self.grown[name] for name in new)
+
+    def _joined(self, name: str, old: Tensor, new: Tensor) -> Tensor:
+        """The new tokens behind the old ones, in a tensor with room for more: copying all that is kept for every token
+        would cost more than attending to it."""
+        if torch.is_grad_enabled():  # what a backward pass may read again must not be written to
+            return torch.cat([old, new], -2)
+        start, stop = old.shape[-2], old.shape[-2] + new.shape[-2]
+        room = self._rooms.get(name)
+        if room is None or not fits(room, old, stop):
+            room = old.new_empty(*old.shape[:-2], stop + stop // 8 + 16, old.shape[-1])
+            room[..., :start, :] = old
+            self._rooms[name] = room
+        room[..., start:stop, :] = new
+        return room[..., :stop, :]
 
     def put(self, **state: Tensor) -> None:
         self.states.update(state)
@@ -35,6 +50,12 @@ class Entries:
         """Replaces every tensor by `change(tensor)`."""
         for kept in (self.grown, self.states):
             kept.update({name: change(tensor) for name, tensor in kept.items()})
+
+
+def fits(room: Tensor, old: Tensor, stop: int) -> bool:
+    """Whether the room begins with the old tokens, may be written to, and is large enough."""
+    same = room.data_ptr() == old.data_ptr() and room.stride() == old.stride() and room.shape[:-2] == old.shape[:-2]
+    return same and room.shape[-2] >= stop and room.is_inference() == torch.is_inference_mode_enabled()
 
 
 class Cache:
