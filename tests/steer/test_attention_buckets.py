@@ -101,6 +101,23 @@ def test_beams_take_the_copies_along(opened: Opened) -> None:
     assert not torch.equal(cached, opened.model.generate(IDS, **asked))
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("way", [*WAYS, "beams"])
+def test_on_a_gpu_it_is_what_it_is_on_a_cpu(way: str) -> None:
+    there, asked = llama(), {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "attention_mask": MASK}
+    asked |= WAYS.get(way, {"num_beams": 3})
+    found = []
+    for device in ("cpu", "cuda"):
+        there.model.to(device)
+        given = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in asked.items()}
+        with steer.apply(there, METHOD), torch.no_grad():
+            logits = there.model(IDS.to(device), attention_mask=given["attention_mask"]).logits[MASK.bool()]
+            found.append((logits.cpu(), there.model.generate(IDS.to(device), **given).cpu()))
+    torch.testing.assert_close(found[1][0], found[0][0], atol=2e-5, rtol=1e-4)
+    assert torch.equal(found[1][1], found[0][1])
+
+
 def test_one_copy_with_the_models_own_base_is_the_plain_model_bit_for_bit(opened: Opened) -> None:
     single = llama()
     for model in (single, opened):
