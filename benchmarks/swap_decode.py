@@ -4,7 +4,7 @@
 
 16 query heads of 128 channels (a layer of width 2,048), a batch of 16, bfloat16; the layer itself fills the cache.
 A token is the whole layer (projections, cache, attention); `ms` is the median over turns in which the cases take turns,
-`replayed_ms` the same kernels replayed as one CUDA graph, without the host's part. `bytes_a_token`: what the cache holds of one.
+`replayed_ms` the same kernels replayed as one CUDA graph, without the host's part.
 """
 
 import argparse
