@@ -55,12 +55,11 @@ class ACT(Method):
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 <= self.beta <= 1:
             raise HeadwiseError(f"ACT(beta=...) must be from 0 to 1; got {self.beta!r}.")
-        if self.rule not in ("absolute", "relative"):
-            raise HeadwiseError(f'ACT(rule=...) must be "absolute" or "relative"; got {self.rule!r}.')
-        if self.spared not in ("token", "sink"):
-            raise HeadwiseError(f'ACT(spared=...) must be "token" or "sink"; got {self.spared!r}.')
+        if any(not keys or min(keys) < 0 for _, _, keys in self.sinks or ()):
+            raise HeadwiseError(f"ACT(sinks=...) must give each head positions from 0 on; got {self.sinks!r}.")
         if not self.threshold > 0 or not self.alpha > 0 or self.min_queries < 1:
             raise HeadwiseError(
                 f"ACT wants threshold= and alpha= above 0 and min_queries= of at least 1; got {self.threshold!r}, "

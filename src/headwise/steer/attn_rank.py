@@ -59,11 +59,15 @@ class FlattenBasin(Method):
     paper: ClassVar[Paper] = PAPER
 
     def __post_init__(self) -> None:
-        if len(self.items) != len(self.profile) or len(self.items) < 2 or min(self.profile) <= 0:
+        super().__post_init__()
+        above = all(0 < p < math.inf for p in self.profile)
+        if len(self.items) != len(self.profile) or len(self.items) < 2 or not above:
             raise HeadwiseError(
                 "FlattenBasin wants two or more items= and for each a number above 0 in profile=; got "
                 f"{self.items!r} and {self.profile!r}."
             )
+        if not math.isfinite(self.strength):
+            raise HeadwiseError(f"FlattenBasin(strength=...) must be a finite number; got {self.strength!r}.")
 
     def edits(self, opened: Opened) -> list[Edit]:
         if self.strength == 0:

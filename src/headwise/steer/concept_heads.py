@@ -7,6 +7,7 @@ explain. The outputs of the best heads are multiplied by alpha: -1 suppresses th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Self
@@ -32,6 +33,11 @@ class ConceptHeads(Method):
     paper: ClassVar[Paper] = Paper(
         "Head Pursuit: Probing Attention Specialization in Multimodal Transformers", "2510.21518"
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not math.isfinite(self.alpha):
+            raise HeadwiseError(f"ConceptHeads(alpha=...) must be a finite number; got {self.alpha!r}.")
 
     def edits(self, opened: Opened) -> list[Edit]:
         if self.alpha == 1:

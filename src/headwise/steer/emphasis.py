@@ -35,6 +35,7 @@ class Emphasis(Method):
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 < self.alpha <= 1:
             raise HeadwiseError(f"Emphasis(alpha=...) must be above 0 and at most 1; got {self.alpha!r}.")
 

@@ -10,6 +10,7 @@ nothing. It counts when it is added to some keys only, `(q_i + alpha d) . (k_j +
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, Self
@@ -22,7 +23,7 @@ from headwise.attention import Edit, Inputs, Shift, attend
 from headwise.errors import HeadwiseError
 from headwise.models import Opened, Segments
 from headwise.paper import Paper
-from headwise.steer.method import Heads, Method, by_layer, every_head, pairs
+from headwise.steer.method import Heads, Method, by_layer, check_per_head, every_head, pairs
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,17 +57,24 @@ class FocusDirections(Method):
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.key_directions is not None and self.keys is None:
             raise HeadwiseError(
                 "FocusDirections(keys=...) must name a segment where key_directions= are given: added to all keys they "
                 "change nothing."
             )
 
+        if not math.isfinite(self.alpha):
+            raise HeadwiseError(f"FocusDirections(alpha=...) must be a finite number; got {self.alpha!r}.")
+
     def edits(self, opened: Opened) -> list[Edit]:
         if self.alpha == 0:
             return []
         if self.directions is None or (self.keys is not None and self.key_directions is None):
             raise HeadwiseError("FocusDirections has no directions yet: call calibrate(opened, examples).")
+        for name in ("directions", "key_directions"):
+            if getattr(self, name) is not None:
+                check_per_head(f"FocusDirections({name}=...)", getattr(self, name), opened)
         edits: list[Edit] = []
         for layer, heads in by_layer(pairs(self.heads, opened) or every_head(opened)).items():
             edits.append(Shift(q=self.alpha * self.directions[layer, heads], layer=layer, heads=heads))

@@ -6,6 +6,7 @@ own is left.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -35,11 +36,14 @@ class ForceAttention(Method):
     paper: ClassVar[Paper] = Paper("Circuit Component Reuse Across Tasks in Transformer Language Models", "2310.08744")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.targets or len(set(self.targets)) != len(self.targets) or min(self.targets) < 0:
             raise HeadwiseError(
                 f"ForceAttention(targets=...) must be different positions from 0 on; got {self.targets!r}."
             )
-        if self.weights is not None and (len(self.weights) != len(self.targets) or min(self.weights) <= 0):
+        if self.weights is not None and not (
+            len(self.weights) == len(self.targets) and all(0 < w < math.inf for w in self.weights)
+        ):
             raise HeadwiseError(
                 f"ForceAttention(weights=...) must be one number above 0 for each of {len(self.targets)} targets; got "
                 f"{self.weights!r}."

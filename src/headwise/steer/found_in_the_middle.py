@@ -22,7 +22,7 @@ from headwise.attention import Edit, Mass, Reweight, attend
 from headwise.errors import HeadwiseError
 from headwise.models import Opened, Segments
 from headwise.paper import Paper
-from headwise.steer.method import Method, every_head
+from headwise.steer.method import Method, check_per_head, every_head
 from headwise.steer.prompts import LAST
 
 DUMMY = "Lorem ipsum dolor sit amet, consectetur adipiscing elit, sed do eiusmod tempor incididunt ut labore. "
@@ -53,14 +53,16 @@ class FoundInTheMiddle(Method):
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         count = len(self.documents)
         if count < 2:
             raise HeadwiseError(f"FoundInTheMiddle(documents=...) must name two or more; got {self.documents!r}.")
         given = torch.as_tensor(self.relevance)
-        if given.numel() and (given.shape[-1] != count or given.ndim not in (1, 3)):
+        fitting = given.shape[-1] == count and given.ndim in (1, 3) and bool(given.isfinite().all())
+        if given.numel() and not fitting:
             raise HeadwiseError(
-                f"FoundInTheMiddle(relevance=...) must be one number for each of {count} documents, or [layer, head, "
-                f"document]; got shape {tuple(given.shape)}."
+                f"FoundInTheMiddle(relevance=...) must be a finite number for each of {count} documents, or [layer, "
+                f"head, document]; got {self.relevance if given.ndim == 1 else tuple(given.shape)!r}."
             )
         if self.temperature is not None and not self.temperature > 0:
             raise HeadwiseError(f"FoundInTheMiddle(temperature=...) must be above 0; got {self.temperature!r}.")
@@ -75,8 +77,15 @@ class FoundInTheMiddle(Method):
             raise HeadwiseError("FoundInTheMiddle wants relevance=: call calibrate(opened, before, docs, after).")
         every = every_head(opened)
         layers = sorted({layer for layer, _ in every})
-        chosen = tuple(layers[len(layers) // 2 if self.first_layer is None else self.first_layer :])
+        first = len(layers) // 2 if self.first_layer is None else self.first_layer
+        if first not in layers:
+            raise HeadwiseError(
+                f"FoundInTheMiddle(first_layer=...) must be a layer of {opened.name}, 0 to {layers[-1]}; got {first}."
+            )
+        chosen = tuple(layers[first:])
         shares = self.shares
+        if shares.ndim == 3:
+            check_per_head("FoundInTheMiddle(relevance=...)", shares, opened)
         rows = (LAST, "generated") if self.queries == LAST_AND_GENERATED else (self.queries,)
         places = (
             [(shares, {"layer": chosen})]

@@ -35,10 +35,13 @@ class Knockout(Method):
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.layers is not None and self.heads is not None:
             raise HeadwiseError("Knockout: give layers= or heads=, not both.")
         if any(isinstance(names, tuple) and not names for names in (self.keys, self.queries)):
             raise HeadwiseError("Knockout: keys= and queries= must name at least one segment each.")
+        if self.layers is not None and not len(self.layers):
+            raise HeadwiseError("Knockout: layers= must name at least one layer, or be None for all.")
 
     def edits(self, opened: Opened) -> list[Edit]:
         chosen = pairs(self.heads, opened)

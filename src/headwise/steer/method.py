@@ -13,16 +13,16 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from headwise.attention import Edit, Run, attend
 from headwise.errors import HeadwiseError
 from headwise.models import Opened, Segments, open_model
 from headwise.paper import Paper
 from headwise.patterns import HeadPattern
+from headwise.steer.settings import Heads, check_settings
 
-Heads = Sequence[tuple[int, int]] | HeadPattern | None
-"""(layer, head) pairs, or a pattern that a scan found (all of its heads); None stands for every head."""
 Space = Mapping[str, Sequence[Any]]
 """Settings with the values to try."""
 
@@ -35,6 +35,9 @@ class Method:
     what: ClassVar[str] = ""
     space: ClassVar[Space] = {}
     """Settings that `steer.calibrate` searches, with the values it tries: the one that changes nothing first."""
+
+    def __post_init__(self) -> None:
+        check_settings(self)
 
     @property
     def name(self) -> str:
@@ -101,6 +104,14 @@ def pairs(heads: Heads, opened: Opened) -> list[tuple[int, int]] | None:
     chosen = [(int(layer), int(head)) for layer, head in heads]
     if not chosen:
         raise HeadwiseError("heads: wanted at least one (layer, head) pair, or None for all heads; got none.")
+    every = every_head(opened)
+    for pair in chosen:
+        if pair not in every:
+            layers, heads = zip(*every, strict=True)
+            raise HeadwiseError(
+                f"heads: wanted (layer, head) pairs of {opened.name}, which has layers {min(layers)} to {max(layers)} "
+                f"with heads 0 to {max(heads)}; got {pair}."
+            )
     return chosen
 
 
@@ -113,3 +124,13 @@ def every_head(opened: Opened, stream: str | None = None) -> list[tuple[int, int
     """All (layer, head) pairs of a stream (None: the text, or the model's first)."""
     stream = stream or ("text" if "text" in opened.streams else opened.streams[0])
     return [(site.layer, head) for site in opened.sites if site.stream == stream for head in range(site.heads)]
+
+
+def check_per_head(setting: str, given: Float[Tensor, "layer head *rest"], opened: Opened) -> None:
+    """Raises unless a tensor has a row for every layer and head of the model."""
+    wanted = tuple(1 + max(column) for column in zip(*every_head(opened), strict=True))
+    if given.shape[:2] != wanted or not given.isfinite().all():
+        raise HeadwiseError(
+            f"{setting} must hold finite numbers for the {wanted[0]} layers and {wanted[1]} heads of {opened.name}; "
+            f"got shape {tuple(given.shape)}."
+        )

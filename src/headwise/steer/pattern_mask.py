@@ -82,14 +82,6 @@ class PatternMask(Method):
         "2112.05364",
     )
 
-    def __post_init__(self) -> None:
-        if self.mode not in ("mask", "fix"):
-            raise HeadwiseError(f'PatternMask(mode=...) must be "mask" or "fix"; got {self.mode!r}.')
-        if not isinstance(self.pattern, str | Tensor) and not callable(self.pattern):
-            raise HeadwiseError(
-                f"PatternMask(pattern=...) must be a segment's name, bools over keys or a rule; got {self.pattern!r}."
-            )
-
     def lacks(self, opened: Opened) -> str | None:
         keys = any_keys(self.pattern)
         later = keys == "next" or (isinstance(keys, Offset) and keys.by > 0)

@@ -57,6 +57,7 @@ class PositionalHiddenScaling(Method):
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.channel < 0 or self.last_rows < 0 or self.skip_first < 0:
             raise HeadwiseError(
                 "PositionalHiddenScaling wants channel=, last_rows= and skip_first= of at least 0; got "

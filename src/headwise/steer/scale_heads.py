@@ -25,6 +25,7 @@ class ScaleHeads(Method):
     paper: ClassVar[Paper] = Paper("Are Sixteen Heads Really Better than One?", "1905.10650")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not math.isfinite(self.gain):
             raise HeadwiseError(f"ScaleHeads(gain=...) must be a finite number; got {self.gain!r}.")
 

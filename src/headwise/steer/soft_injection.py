@@ -20,7 +20,7 @@ from headwise.attention import Blend, Edit, HeadOutput, attend
 from headwise.errors import HeadwiseError
 from headwise.models import Opened
 from headwise.paper import Paper
-from headwise.steer.method import Method
+from headwise.steer.method import Method, check_per_head
 from headwise.steer.prompts import LAST, mark_last
 
 CHECKS = 8
@@ -43,10 +43,12 @@ class SoftInjection(Method):
     def edits(self, opened: Opened) -> list[Edit]:
         if self.embedding is None or self.alpha is None:
             raise HeadwiseError("SoftInjection wants embedding= and alpha=: call calibrate(opened, ...).")
-        if self.embedding.shape[:2] != self.alpha.shape:
+        check_per_head("SoftInjection(embedding=...)", self.embedding, opened)
+        check_per_head("SoftInjection(alpha=...)", self.alpha, opened)
+        if self.alpha.min() < 0 or self.alpha.max() > 1:
             raise HeadwiseError(
-                f"SoftInjection(alpha=...) must be {tuple(self.embedding.shape[:2])} as the embedding's layers and "
-                f"heads; got {tuple(self.alpha.shape)}."
+                f"SoftInjection(alpha=...) must be from 0 to 1; got {float(self.alpha.min())} to "
+                f"{float(self.alpha.max())}."
             )
         if not self.alpha.requires_grad and not self.alpha.any():
             return []

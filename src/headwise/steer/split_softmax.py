@@ -39,6 +39,7 @@ class SplitSoftmax(Method):
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.tau > 0 or math.isinf(self.tau):
             raise HeadwiseError(f"SplitSoftmax(tau=...) must be a number above 0; got {self.tau!r}.")
 

@@ -40,6 +40,7 @@ class TokenScale(Method):
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.gain >= 0 or math.isinf(self.gain):
             raise HeadwiseError(f"{type(self).__name__}(gain=...) must be a number of at least 0; got {self.gain!r}.")
 

@@ -25,6 +25,7 @@ class UniformMix(Method):
     paper: ClassVar[Paper] = Paper("Scratching Visual Transformer's Back with Uniform Attention", "2210.08457")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 <= self.lam <= 1:
             raise HeadwiseError(f"UniformMix(lam=...) must be between 0 and 1; got {self.lam!r}.")
 
