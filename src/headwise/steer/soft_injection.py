@@ -43,6 +43,8 @@ class SoftInjection(Method):
     def edits(self, opened: Opened) -> list[Edit]:
         if self.embedding is None or self.alpha is None:
             raise HeadwiseError("SoftInjection wants embedding= and alpha=: call calibrate(opened, ...).")
+        if not self.alpha.requires_grad and not self.alpha.any():
+            return []
         check_per_head("SoftInjection(embedding=...)", self.embedding, opened)
         check_per_head("SoftInjection(alpha=...)", self.alpha, opened)
         if self.alpha.min() < 0 or self.alpha.max() > 1:
@@ -50,8 +52,6 @@ class SoftInjection(Method):
                 f"SoftInjection(alpha=...) must be from 0 to 1; got {float(self.alpha.min())} to "
                 f"{float(self.alpha.max())}."
             )
-        if not self.alpha.requires_grad and not self.alpha.any():
-            return []
         return [
             Blend(alpha, target=target, layer=layer, tokens=LAST)
             for layer, (alpha, target) in enumerate(zip(self.alpha, self.embedding, strict=True))
