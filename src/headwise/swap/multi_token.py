@@ -28,6 +28,7 @@ from headwise.models.anatomy import Site
 from headwise.paper import Paper
 from headwise.swap.attention import Attention, Heads
 from headwise.swap.cache import Cache
+from headwise.swap.kernels import fits
 from headwise.swap.mechanism import Visible
 from headwise.swap.parts.positions import Places
 
@@ -95,7 +96,7 @@ class MultiTokenAttention(Attention):
         here = self.places(x, positions, entries)
         q, k, v = self.project(x, x if context is None else context, here, context is not None)
         seen = self.visible(mask, len(x))
-        form = MultiTokenForm(self, seen, {} if entries is None else dict(entries.states))
+        form = MultiTokenForm(self, seen, {} if entries is None else dict(entries.states), entries is not None)
         if entries is not None:
             k, v = entries.extend(k=k, v=v)
             entries.length += x.shape[1]
@@ -124,12 +125,13 @@ class MultiTokenAttention(Attention):
 
 
 class MultiTokenForm(Form):
-    """Scores and weights of one call. `past`: the rows before it, of what is convolved; `last`: those after it."""
+    """Scores and weights of one call. `past`: the rows before it, of what is convolved; `last`: those for the next one,
+    which kernels make only where it `keeps` them."""
 
     local = False
 
-    def __init__(self, module: MultiTokenAttention, mask: Mask, past: dict[str, Tensor]):
-        self.module, self.mask, self.past = module, mask, past
+    def __init__(self, module: MultiTokenAttention, mask: Mask, past: dict[str, Tensor], keeps: bool = True):
+        self.module, self.mask, self.past, self.keeps = module, mask, past, keeps
         self.last: dict[str, Tensor] = {}
         after = module.post_kernel is not None or module.post_mixing is not None
         self.softmax = module.normaliser.softmax and not after  # type: ignore[misc]
@@ -174,21 +176,48 @@ class MultiTokenForm(Form):
 
     def has_kernel(self, call: AttentionCall) -> bool:
         grads = torch.is_grad_enabled() and any(x.requires_grad for x in (call.q, call.k, call.v))
-        return not grads and call.queries * call.keys > DENSE_PLACES
+        return call.queries * call.keys > DENSE_PLACES and (not grads or self.fused(call))
+
+    def fused(self, call: AttentionCall) -> bool:
+        """Whether the Triton kernels can do this call: with gradients, but without rows from a cache."""
+        post, mixing = self.module.post_kernel, self.module.pre_mixing
+        mixing = self.module.post_mixing if mixing is None else mixing
+        return (
+            fits(call)
+            and not self.past
+            and self.module.score.plain
+            and self.module.normaliser.softmax
+            and (post is None or post.shape[2] <= 33)
+            and (mixing is None or mixing.shape[1] <= 64)
+        )
 
     def kernel(self, call: AttentionCall) -> Float[Tensor, "batch heads query value_dim"]:
-        """In blocks of rows, each with the rows before it that its kernels reach: memory is linear in the keys."""
         halo = sum(k.shape[1] - 1 for k in (self.module.pre_kernel, self.module.post_kernel) if k is not None)
-        size, outs = max(halo + 1, PLACES // call.keys), []
-        for start in range(0, call.queries, size):
-            low = max(0, start - halo)
-            rows = torch.arange(low, min(start + size, call.queries))
-            part = call.select(rows)
-            form = MultiTokenForm(self.module, part.mask, self.past if low == 0 else {})
-            out, _ = dense(resolve(replace(part, form=form), []), [])
-            outs.append(out[:, :, start - low :])
-            self.last = form.last
-        return torch.cat(outs, 2)
+        if not self.fused(call):
+            size = max(halo + 1, PLACES // call.keys)
+            parts = [self.rows(call, n, min(n + size, call.queries), halo) for n in range(0, call.queries, size)]
+            return torch.cat(parts, 2)
+        from headwise.swap.kernels.multi_token import multi_token_attention  # triton is not installed everywhere
+
+        module = self.module
+        own = module.pre_kernel, module.pre_mixing, module.post_kernel, module.post_mixing
+        if self.keeps and halo:
+            with torch.no_grad():
+                self.rows(call, call.queries - 1, call.queries, halo)
+        with torch.cuda.device(call.q.device):
+            return multi_token_attention(
+                call.q, call.k, call.v, call.scale, *own, call.mask.right == 0, call.first - call.j0,
+                call.mask.key_valid,
+            )  # fmt: skip
+
+    def rows(self, call: AttentionCall, start: int, stop: int, halo: int) -> Heads:
+        """Some rows in PyTorch, with the rows before them that their kernels reach: memory is linear in the keys."""
+        low = max(0, start - halo)
+        part = call.select(torch.arange(low, stop))
+        form = MultiTokenForm(self.module, part.mask, self.past if low == 0 else {})
+        out, _ = dense(resolve(replace(part, form=form), []), [])
+        self.last = form.last
+        return out[:, :, start - low :]
 
 
 def mixed(x: Matrix, weight: Float[Tensor, "groups out in"] | None) -> Matrix:
