@@ -15,10 +15,10 @@ from torch.utils.hooks import RemovableHandle
 from headwise.errors import HeadwiseError
 from headwise.models.anatomy import find_sites
 from headwise.models.open import Opened
-from headwise.swap.adapter import HostTurn, Replacement, refuse
+from headwise.swap.adapter import HostTurn, Replacement, arguments_of, refuse
 from headwise.swap.convert import set_module
 from headwise.swap.layer_shortcut import LayerShortcutAttention
-from headwise.swap.upscale import arguments_of, first_norm, layers_of
+from headwise.swap.upscale import first_norm, layers_of
 
 
 class Gathered(Replacement):
@@ -36,10 +36,11 @@ class Gathered(Replacement):
 
         return hook
 
-    def forward(self, hidden_states: Tensor, **given: Any) -> tuple[Tensor, None]:  # type: ignore[override]
+    def forward(self, *args: Any, **named: Any) -> tuple[Tensor, None]:
+        given = {**dict(zip(self.arguments, args, strict=False)), **named}
         states = torch.stack(self.states, 2)
         self.states.clear()
-        return super().forward(states, **given)
+        return super().forward(**{**given, self.arguments[0]: states})
 
     def added(self, layer: nn.Module, args: tuple, given: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """A hook in front of the last layer."""

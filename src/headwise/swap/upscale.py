@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Self
@@ -17,6 +16,7 @@ from headwise.errors import HeadwiseError
 from headwise.models.anatomy import Site, find_sites
 from headwise.models.open import Opened
 from headwise.paper import Paper
+from headwise.swap.adapter import arguments_of
 from headwise.swap.product_keys import PAPER, ProductKeyMemory
 
 Kind = Literal["memory", "copy", "identity_copy"]
@@ -201,11 +201,6 @@ def first_norm(layer: nn.Module) -> nn.Module:
         if type(child).__name__.endswith("Norm"):
             return child
     raise HeadwiseError(f"{type(layer).__name__} has no norm in front of its attention.")
-
-
-def arguments_of(layer: nn.Module) -> list[str]:
-    """The names of a layer's arguments, in order."""
-    return list(inspect.signature(layer.forward).parameters)
 
 
 def matrix(module: nn.Module) -> bool:
