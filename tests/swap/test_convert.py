@@ -97,6 +97,80 @@ def test_round_trip_on_disk(tmp_path):
         swap.load(tmp_path.parent)
 
 
+def test_round_trip_of_several_conversions(tmp_path):
+    model = llama().to(torch.bfloat16)
+    model.generation_config.max_new_tokens = 7
+    one, two = swap.convert(model, "nexus_attention", layers=[0]), swap.convert(model, "smeared_key", layers=[1])
+    two.save(tmp_path)
+    loaded = swap.load(tmp_path)
+    wanted, found = model.state_dict(), loaded.state_dict()
+    assert wanted.keys() == found.keys()
+    assert all(torch.equal(found[name], value) for name, value in wanted.items())
+    assert out(loaded).dtype == torch.bfloat16
+    torch.testing.assert_close(out(loaded), out(model), rtol=0, atol=1e-2)
+    assert loaded.generation_config.max_new_tokens == 7
+    assert out(swap.load(tmp_path, dtype=torch.float32)).dtype == torch.float32
+    two.undo()
+    one.undo()
+    with pytest.raises(HeadwiseError, match="save: wanted a converted model; got none, it was undone"):
+        two.save(tmp_path)
+
+
+def test_round_trip_of_a_model_that_is_written_by_other_names(tmp_path):
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=32)
+    model = transformers.ViTModel(transformers.ViTConfig(**sizes, image_size=8, patch_size=2)).eval()
+    swap.convert(model, "smeared_key", layers=[1]).save(tmp_path)
+    pixels = torch.randn(1, 3, 8, 8)
+    with torch.no_grad():
+        assert torch.equal(swap.load(tmp_path)(pixels)[0], model(pixels)[0])
+
+
+def test_nothing_is_written_that_could_not_be_read(tmp_path):
+    conversion = swap.convert(llama(), "attention", normaliser=swap.Entmax(1.5))
+    with pytest.raises(HeadwiseError, match="save: Object of type Entmax is not JSON"):
+        conversion.save(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    model = llama()
+    swap.add_shortcut(model, mode="replace")
+    conversion = swap.convert(model, "attention", layers=[0])
+    with pytest.raises(HeadwiseError, match=r"save: wanted a converted model; got model\.layers\.1\.self_attn"):
+        conversion.save(tmp_path / "new")
+
+
+def test_converted_layers_keep_their_numbers():
+    model = llama()
+    plain = out(model)
+    first = swap.convert(model, "attention", layers=[0])
+    with pytest.raises(HeadwiseError, match=r"layers\.0\.self_attn.* can't be replaced: it was converted"):
+        swap.convert(model, "attention")
+    second = swap.convert(model, "attention", layers=[1])
+    assert list(second.mechanisms) == ["model.layers.1.self_attn"]
+    first.undo()
+    second.undo()
+    assert torch.equal(out(model), plain)
+
+
+@pytest.mark.parametrize(
+    "own,message",
+    [
+        ({"layers": 1}, "layers: wanted a list of numbers, or a layout by name; got 1"),
+        ({"layers": [0.5]}, r"layers: wanted a list of numbers, or a layout by name; got \[0.5\]"),
+        ({"layers": "every3"}, "layers: 'every3' is none of the 2 layers there are"),
+        ({"heads": 2}, "attention can't be made with heads: .*heads"),
+        ({"wrong": 2}, "attention can't be made with wrong: .*wrong"),
+        ({"score": "cosine"}, "Attention: score wants a Score; got 'cosine'"),
+        ({"normaliser": 3}, "Attention: normaliser wants a Normaliser; got 3"),
+        ({"mechanism": swap.Mechanism}, "mechanism: a class of headwise.swap or one of attention"),
+        ({"model": "zoo:llm"}, "convert: model wants a model, opened or not; got 'zoo:llm'"),
+        ({"model": torch.nn.Linear(2, 2)}, "convert: Linear has no self-attention layer"),
+    ],
+)
+def test_bad_input_is_refused_by_name(own, message):
+    with pytest.raises(HeadwiseError, match=message):
+        swap.convert(**{"model": llama(), "mechanism": "attention", **own})
+
+
 def test_a_layer_that_fails_leaves_the_model_whole(monkeypatch):
     model, made = llama(), []
     plain, own = out(model), swap.Attention.from_site.__func__

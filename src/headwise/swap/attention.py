@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from headwise.attention.call import AttentionCall
 from headwise.attention.form import Form, attended
 from headwise.attention.mask import Mask
+from headwise.errors import HeadwiseError
 from headwise.models.anatomy import Site
 from headwise.paper import Paper
 from headwise.swap.cache import Cache, Entries
@@ -75,6 +76,11 @@ class Attention(Mechanism):
         qk_norm: bool = False,
     ):
         super().__init__(dim, heads, kv_heads, head_dim, causal=causal)
+        for name, part, kind in (
+            ("score", score, Score), ("normaliser", normaliser, Normaliser), ("position", position, Position),
+        ):  # fmt: skip
+            if not isinstance(part, kind | None):
+                raise HeadwiseError(f"{type(self).__name__}: {name} wants a {kind.__name__}; got {part!r}.")
         self.value_dim = value_dim or self.head_dim
         self.scale = self.head_dim**-0.5
         self.q_proj = nn.Linear(dim, self.heads * self.head_dim, bias)
