@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -10,8 +10,12 @@ import torch
 import headwise as hw
 from headwise import steer
 from headwise.models import Opened
+from headwise.scan.needles import haystack
 from headwise.steer.calibration import answer_logprob, wanted
-from tests.scan.models import llama
+from headwise.steer.choices import shared_tokens
+from headwise.study.evaluate import evaluate, perplexity
+from headwise.study.tasks import documents
+from tests.scan.models import bert, llama
 
 PROMPT = "the family was so much pleased with"
 EXAMPLES = [
@@ -103,11 +107,37 @@ def test_few_shot_prompts_of_soft_injection_end_with_an_open_question(opened: Op
         (lambda o: steer.calibrate(o, steer.FocusDirections(), [steer.Example("a", " b")]), 'segment "relevant"'),
         (lambda o: steer.Example("a", ""), "a prompt and an answer"),
         (lambda o: steer.Example("a", " b", (" c",)), r"Example\(options"),
+        (lambda o: steer.Example("a", " b", " b"), r"Example\(options.*a list"),
+        (lambda o: steer.Example(1, 2), "a prompt and an answer; got 1 and 2"),
+        (lambda o: steer.calibrate(o, steer.ZeroTuning(), EXAMPLES, colour=1), "takes mode, per.*; got colour"),
+        (lambda o: steer.calibrate(o, steer.TokenScale(), [steer.Example(PROMPT, " ")]), "adds no token"),
+        (lambda o: steer.calibrate(bert(), steer.TokenScale(), EXAMPLES), "choose a decoder-only language model"),
+        (lambda o: steer.option_logprobs(bert(), steer.Choice("a", (" b", " c"))), "choose a decoder-only"),
     ],
 )
 def test_mistakes_are_told(opened: Opened, wrong, said: str) -> None:
     with pytest.raises(hw.HeadwiseError, match=said):
         wrong(opened)
+
+
+def test_a_method_that_looks_at_the_prompt_is_made_ready_for_each(opened: Opened) -> None:
+    method = steer.ACT(threshold=0.01, min_queries=1, heads=((0, 1), (1, 0)))
+    found = steer.calibrate(opened, method, EXAMPLES, grid={"beta": (0.9, 0.0)})
+    total = 0.0
+    for example in EXAMPLES:
+        ready = replace(found).prepare(opened, opened.encode(example.prompt))
+        total += answer_logprob(opened, [example], ready)
+    assert answer_logprob(opened, EXAMPLES, found) == pytest.approx(total / 3, abs=1e-5)
+    table = evaluate(opened, documents(seed=0, count=2), {"act": [method]})
+    assert (table.pivot(index="example", columns="setting", values="logp").diff(axis=1)["plain"].abs() > 1e-6).all()
+    assert perplexity(opened, haystack(), [method], 32, 2) != perplexity(opened, haystack(), (), 32, 2)
+
+
+def test_an_answer_that_changes_the_first_token_of_the_prompt_is_told() -> None:
+    ids = torch.arange(3, 7)
+    with pytest.raises(hw.HeadwiseError, match="changes its first token; begin with a longer prompt"):
+        shared_tokens(ids[:1], ids[1:2], "bout")
+    assert shared_tokens(ids[:2], torch.tensor([3, 9, 8]), "x") == 1
 
 
 def test_examples_are_read_from_lines(tmp_path) -> None:
@@ -124,6 +154,8 @@ def test_examples_are_read_from_lines(tmp_path) -> None:
         ("", "holds none"),
         ("{", "line 1"),
         ('{"prompt": "a"}', "line 1 .*'answer'"),
+        ('{"prompt": "a", "answer": "b", "options": "b"}', "line 1 .*a list"),
+        ('{"prompt": 1, "answer": 2}', "line 1 .*a prompt and an answer"),
         ('{"prompt": "a", "answer": "b", "segments": {"x": "q"}}', "does not stand in the prompt"),
     ):
         path.write_text(text)

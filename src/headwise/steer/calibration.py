@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from functools import singledispatch
+from inspect import signature
 from itertools import product
 from typing import Any, TypeVar
 
@@ -16,7 +17,7 @@ import torch
 
 from headwise.errors import HeadwiseError
 from headwise.models import Opened, Segments
-from headwise.steer.choices import Choice
+from headwise.steer.choices import Choice, check_writes, shared_tokens
 from headwise.steer.concept_heads import ConceptHeads
 from headwise.steer.examples import Example
 from headwise.steer.focus_directions import Focus, FocusDirections
@@ -50,7 +51,14 @@ def calibrate(
         raise HeadwiseError("examples: wanted one or more; got none.")
     own = getattr(method, "calibrate", None)
     if grid is None and score is None and own is not None:
-        return own(opened, *wanted(method, opened, cases), **options)
+        given = wanted(method, opened, cases)
+        known = list(signature(own).parameters)[1 + len(given) :]
+        strange = [name for name in options if name not in known]
+        if strange:
+            raise HeadwiseError(
+                f"calibrate: {type(method).__name__} takes {', '.join(known)} as arguments; got {', '.join(strange)}."
+            )
+        return own(opened, *given, **options)
     if options:
         raise HeadwiseError(
             f"calibrate: {', '.join(options)} goes to a method's own calibrate, which is not used here."
@@ -70,15 +78,17 @@ def calibrate(
 
 
 def answer_logprob(opened: Opened, examples: Sequence[Example], method: Method) -> float:
-    """Mean log-probability (nats) of the right answers under the method, which may speak of the examples' segments."""
+    """Mean log-probability (nats) of the right answers under the method, made ready for each prompt, which may speak of
+    the examples' segments."""
+    check_writes(opened)
     total = 0.0
     for example in examples:
-        prompt, text = (opened.encode(t)["input_ids"][0] for t in (example.prompt, example.prompt + example.answer))
-        # An answer may change how the prompt's last token is cut: what is shared is the context.
-        shared = int((text[: len(prompt)] == prompt[: len(text)]).long().cumprod(0).sum())
+        batch = opened.encode(example.prompt)
+        text = opened.encode(example.prompt + example.answer)["input_ids"][0]
+        shared = shared_tokens(batch["input_ids"][0], text, example.answer)
         parts = example.segments(opened).extend(len(text) - 1)
         parts = Segments(parts.names, parts.labels[..., : len(text) - 1])
-        with apply(opened, method, segments=parts), torch.no_grad():
+        with apply(opened, method.prepare(opened, batch), segments=parts), torch.no_grad():
             chances = opened.model(input_ids=text[None, :-1]).logits[0, shared - 1 :].float().log_softmax(-1)
         total += float(chances.gather(-1, text[shared:, None]).sum())
     return total / len(examples)
@@ -87,6 +97,7 @@ def answer_logprob(opened: Opened, examples: Sequence[Example], method: Method) 
 @singledispatch
 def wanted(method: Method, opened: Opened, examples: Sequence[Example]) -> tuple[Any, ...]:
     """The arguments after the model that a method's own `calibrate` wants: mostly Choices."""
+    check_writes(opened)
     every = tuple(dict.fromkeys(example.answer for example in examples))
     found = []
     for example in examples:

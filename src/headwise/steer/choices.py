@@ -29,6 +29,26 @@ class Choice:
             raise HeadwiseError(f"Choice(gold=...) must be 0 to {len(self.options) - 1}; got {self.gold!r}.")
 
 
+def check_writes(opened: Opened) -> None:
+    """Raises unless the model says, of a text, which token comes next."""
+    model = opened.model
+    writes = getattr(model, "can_generate", lambda: True)() and opened.tokenizer is not None
+    crossed = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    if not writes or crossed or getattr(model, "main_input_name", "input_ids") != "input_ids":
+        raise HeadwiseError(f"{opened.name} does not go on from a text: choose a decoder-only language model.")
+
+
+def shared_tokens(prompt: Int[Tensor, " token"], text: Int[Tensor, " token"], answer: str) -> int:
+    """How many tokens a prompt and the text of prompt and answer have in common: an answer may change how the prompt's
+    last token is cut."""
+    shared = int((text[: len(prompt)] == prompt[: len(text)]).long().cumprod(0).sum())
+    if not shared:
+        raise HeadwiseError(f"prompt: the answer {answer!r} changes its first token; begin with a longer prompt.")
+    if shared == len(text):
+        raise HeadwiseError(f"answer: {answer!r} adds no token to the prompt.")
+    return shared
+
+
 ROWS = 16
 """Prompts that share a forward pass."""
 
@@ -43,16 +63,15 @@ def option_logprobs(opened: Opened, choice: Choice) -> Float[Tensor, " option"]:
 
 def scored(opened: Opened, choice: Choice) -> Float[Tensor, " option"]:
     """`option_logprobs`, with gradients where they are on."""
+    check_writes(opened)
     prompt = opened.encode(choice.prompt)["input_ids"]
     single = single_tokens(opened, choice, prompt[0])
     if single is not None:
         return opened.model(input_ids=prompt).logits[0, -1].float().log_softmax(-1)[single]
-    start = prompt.shape[1]
     found = []
     for option in choice.options:
         text = opened.encode(choice.prompt + option)["input_ids"]
-        # An option may change how the prompt's last token is cut: what is shared is the context.
-        shared = int((text[0, :start] == prompt[0, : text.shape[1]]).long().cumprod(0).sum())
+        shared = shared_tokens(prompt[0], text[0], option)
         logits = opened.model(input_ids=text).logits[0, shared - 1 : -1].float().log_softmax(-1)
         found.append(logits.gather(-1, text[0, shared:, None]).sum())
     return torch.stack(found)
@@ -71,6 +90,7 @@ def single_tokens(opened: Opened, choice: Choice, prompt: Int[Tensor, " token"])
 def many_logprobs(opened: Opened, choices: Sequence[Choice]) -> list[Float[Tensor, " option"]]:
     """`option_logprobs` of every choice. Prompts whose options are single tokens share passes, those of like length
     together; what pads them stands on the right, where no token of theirs looks."""
+    check_writes(opened)
     prompts = [opened.encode(choice.prompt)["input_ids"][0] for choice in choices]
     options = [single_tokens(opened, choice, ids) for choice, ids in zip(choices, prompts, strict=True)]
     found: dict[int, Tensor] = {n: option_logprobs(opened, choices[n]) for n, o in enumerate(options) if o is None}

@@ -25,10 +25,12 @@ class Example:
     spans: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not self.prompt or not self.answer:
+        if not all(text and isinstance(text, str) for text in (self.prompt, self.answer)):
             raise HeadwiseError(f"Example wants a prompt and an answer; got {self.prompt!r} and {self.answer!r}.")
-        if self.options and self.answer not in self.options:
-            raise HeadwiseError(f"Example(options=...) must hold the answer {self.answer!r}; got {self.options!r}.")
+        if isinstance(self.options, str) or (self.options and self.answer not in self.options):
+            raise HeadwiseError(
+                f"Example(options=...) must be a list that holds the answer {self.answer!r}; got {self.options!r}."
+            )
 
     @classmethod
     def of(cls, given: Example | Choice) -> Example:
@@ -60,7 +62,10 @@ def read_examples(path: str | os.PathLike[str]) -> list[Example]:
         try:
             row = json.loads(line)
             spans = {name: span(row["prompt"], words) for name, words in row.get("segments", {}).items()}
-            found.append(Example(row["prompt"], row["answer"], tuple(row.get("options", ())), spans))
+            options = row.get("options", ())
+            found.append(
+                Example(row["prompt"], row["answer"], options if isinstance(options, str) else tuple(options), spans)
+            )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise HeadwiseError(
                 f'examples: line {number} of {path} is none with "prompt" and "answer" ({error}).'

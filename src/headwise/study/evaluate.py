@@ -16,12 +16,13 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from headwise.errors import HeadwiseError
 from headwise.models import Opened, Segments
 from headwise.steer import Method, apply
+from headwise.steer.choices import check_writes, shared_tokens
 from headwise.study.tasks import Example
 
 PLAIN = "plain"
@@ -71,18 +72,21 @@ class Asked:
     nothing there."""
 
     def __init__(self, opened: Opened, example: Example):
-        self.opened, self.segments = opened, example.segments(opened)
-        self.prompt = opened.encode(example.prompt)["input_ids"][0]
+        check_writes(opened)
+        self.opened, self.example, self.segments = opened, example, example.segments(opened)
+        self.batch = opened.encode(example.prompt)
+        self.prompt = self.batch["input_ids"][0]
         self.texts = [opened.encode(example.prompt + option)["input_ids"][0] for option in example.options]
         start = len(self.prompt)
         self.single = all(len(t) == start + 1 and torch.equal(t[:start], self.prompt) for t in self.texts)
 
     def scores(self, methods: Sequence[Method] = ()) -> Float[Tensor, " option"]:
-        """Log-probability of each option under the methods, which may speak of the example's segments. The tokens of an
-        option, where it has several, are "generated"."""
+        """Log-probability of each option under the methods, made ready for the prompt, which may speak of the example's
+        segments. The tokens of an option, where it has several, are "generated"."""
+        methods = [method.prepare(self.opened, self.batch) for method in methods]
         with torch.no_grad():
             if not self.single:
-                return torch.stack([self.continued(text, methods) for text in self.texts])
+                return torch.stack([self.continued(n, methods) for n in range(len(self.texts))])
             last = self.last(methods).float().log_softmax(-1)
             return last[torch.stack([text[-1] for text in self.texts])]
 
@@ -100,10 +104,9 @@ class Asked:
         """The cache of all tokens but the last; None for a model that keeps none."""
         return getattr(self.opened.model(input_ids=self.prompt[None, :-1]), "past_key_values", None)
 
-    def continued(self, text: Int[Tensor, " token"], methods: Sequence[Method]) -> Float[Tensor, ""]:
-        # An option may change how the prompt's last token is cut: what is shared is the context.
-        start = min(len(self.prompt), len(text))
-        shared = int((text[:start] == self.prompt[:start]).long().cumprod(0).sum())
+    def continued(self, number: int, methods: Sequence[Method]) -> Float[Tensor, ""]:
+        text = self.texts[number]
+        shared = shared_tokens(self.prompt, text, self.example.options[number])
         with steered(self.opened, methods, self.segments.extend(len(text))):
             chances = self.opened.model(input_ids=text[None]).logits[0, shared - 1 : -1].float().log_softmax(-1)
         return chances.gather(-1, text[shared:, None]).sum()
@@ -170,6 +173,7 @@ def perplexity(
 ) -> float:
     """e to the mean loss per token on evenly spread windows of the text. `segments` name the tokens of every window for
     methods that speak of them; the loss is that of the tokens from place `start` on."""
+    check_writes(opened)
     ids = opened.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"][0]
     if len(ids) < length:
         raise HeadwiseError(f"length: the text has {len(ids)} tokens, fewer than the {length} asked for.")
@@ -178,7 +182,8 @@ def perplexity(
     losses = []
     for first in np.linspace(0, len(ids) - length, windows).astype(int):
         window = ids[None, first : first + length].to(opened.device)
-        with steered(opened, methods, segments), torch.no_grad():
+        ready = [method.prepare(opened, {"input_ids": window}) for method in methods]
+        with steered(opened, ready, segments), torch.no_grad():
             logits = opened.model(input_ids=window).logits
         losses.append(float(torch.nn.functional.cross_entropy(logits[0, start - 1 : -1].float(), window[0, start:])))
     return float(np.exp(np.mean(losses)))
