@@ -19,8 +19,12 @@ if TYPE_CHECKING:
 SPAN = "emphasis"
 """The name that the words of --span get."""
 PROMPT = Annotated[str, typer.Option(help="The text to go on from.")]
-SPAN_OPTION = Annotated[
-    str | None, typer.Option("--span", help=f'Words of the prompt, a segment called "{SPAN}" for methods.')
+SPANS = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--span",
+        help=f'Words of the prompt, a segment called "{SPAN}" for methods, or NAME=WORDS. May be given several times.',
+    ),
 ]
 TOKENS = Annotated[int, typer.Option("--tokens", min=1, help="How many tokens to write.")]
 
@@ -29,7 +33,7 @@ def generate(
     model: Annotated[str, typer.Argument(help="zoo:llm, a hub id, a folder or a GGUF file.")],
     prompt: PROMPT,
     steer: Annotated[Path | None, typer.Option(help="A recipe that `headwise steer try --save` wrote.")] = None,
-    span: SPAN_OPTION = None,
+    spans: SPANS = None,
     tokens: TOKENS = 48,
 ) -> None:
     """Go on from a prompt, word by word the most probable, and print what comes."""
@@ -41,32 +45,50 @@ def generate(
         opened = hw.open_model(model)
     if recipe is not None:
         recipe.check(opened)
-    print(prompt + written(opened, prompt, span, tokens, recipe.methods if recipe is not None else ()))
+    text = written(opened, prompt, spans or (), tokens, recipe.methods if recipe is not None else ())
+    print(text if crossed(opened) else prompt + text)
 
 
-def written(opened: Opened, prompt: str, span: str | None, tokens: int, methods: Sequence[Method]) -> str:
-    """What the model writes after the prompt, under the methods."""
+def written(opened: Opened, prompt: str, spans: Sequence[str], tokens: int, methods: Sequence[Method]) -> str:
+    """What the model writes after the prompt (an encoder-decoder: about it), under the methods."""
     import headwise as hw
+    from headwise.steer.prompts import LAST, speak_of
 
-    if not opened.model.can_generate():
-        raise HeadwiseError(f"{opened.name} writes no text: choose a language model.")
+    model = opened.model
+    if not model.can_generate() or model.main_input_name != "input_ids":
+        raise HeadwiseError(f"{opened.name} writes no text from text: choose a language model.")
     batch = opened.encode(prompt)
-    segments = None if span is None else spanned(opened, prompt, span)
+    segments = spanned(opened, prompt, spans) if spans else None
     asked: dict[str, Any] = {**batch, "max_new_tokens": tokens, "do_sample": False}
     if methods:
         ready = [method.prepare(opened, batch) for method in methods]
+        fitting = [method for method in ready if method.lacks(opened) is None]  # `apply` says what the others lack
+        if speak_of([edit for method in fitting for edit in method.edits(opened)], LAST):
+            segments = hw.steer.mark_last(batch, segments)
         with hw.steer.apply(opened, *ready, segments=segments):
-            found = opened.model.generate(**asked)
+            found = model.generate(**asked)[0]
     else:
-        found = opened.model.generate(**asked)
-    return str(opened.decode(found[0, batch["input_ids"].shape[1] :], skip_special_tokens=True))
+        found = model.generate(**asked)[0]
+    # Both ends decoded, as some tokenizers drop the space in front of a text.
+    before = found[:0] if crossed(opened) else found[: batch["input_ids"].shape[1]]
+    whole, start = (str(opened.decode(ids, skip_special_tokens=True)) for ids in (found, before))
+    return whole[len(start) :]
 
 
-def spanned(opened: Opened, prompt: str, span: str) -> Segments:
-    """The prompt's tokens, those of the span named."""
+def crossed(opened: Opened) -> bool:
+    """Whether the model is an encoder-decoder, which begins a text of its own."""
+    return bool(getattr(opened.model.config, "is_encoder_decoder", False))
+
+
+def spanned(opened: Opened, prompt: str, spans: Sequence[str]) -> Segments:
+    """The prompt's tokens, those of the spans named."""
     import headwise as hw
 
-    start = prompt.find(span)
-    if start < 0 or not span:
-        raise HeadwiseError(f"--span {span!r} does not stand in the prompt: copy it from there.")
-    return hw.Segments.from_characters(prompt, {SPAN: (start, start + len(span))}, opened.tokenizer)
+    found: dict[str, list[tuple[int, int]]] = {}
+    for given in spans:
+        name, words = (SPAN, given) if given in prompt else given.split("=", 1) if "=" in given else (SPAN, given)
+        start = prompt.find(words)
+        if start < 0 or not words or not name:
+            raise HeadwiseError(f"--span {given!r} does not stand in the prompt: copy it from there.")
+        found.setdefault(name, []).append((start, start + len(words)))
+    return hw.Segments.from_characters(prompt, found, opened.tokenizer)

@@ -11,7 +11,7 @@ import typer
 from rich.table import Table
 
 from headwise.cli.console import err, hush, out, print_json
-from headwise.cli.generate import PROMPT, SPAN_OPTION, TOKENS, written
+from headwise.cli.generate import PROMPT, SPANS, TOKENS, written
 from headwise.errors import HeadwiseError
 from headwise.files import check_writable
 
@@ -54,21 +54,20 @@ def attempt(
         list[str] | None,
         typer.Option("--set", help="NAME=VALUE, a setting of the method; heads=FILE.json takes a head pattern."),
     ] = None,
-    span: SPAN_OPTION = None,
+    spans: SPANS = None,
     tokens: TOKENS = 48,
     save: Annotated[Path | None, typer.Option(help="Write the recipe: a .json file for `headwise generate`.")] = None,
 ) -> None:
     """Print what the model writes with a method and without it, side by side."""
     if save is not None:
-        check_writable(save)
+        check_recipe(save)
     hush()
     import headwise as hw
 
     chosen = made(method, settings or [])
     with err.status(f"opening {model}"):
         opened = hw.open_model(model)
-    plain = written(opened, prompt, span, tokens, ())
-    steered = written(opened, prompt, span, tokens, (chosen,))
+    plain, steered = (written(opened, prompt, spans or (), tokens, methods).strip() for methods in ((), (chosen,)))
     table = Table("without", f"with {type(chosen).__name__}")
     table.add_row(plain, steered)
     out.print(table, markup=False)
@@ -94,7 +93,7 @@ def calibrated(
     ] = None,
 ) -> None:
     """Make a method ready on examples whose answers are known, and write its recipe."""
-    check_writable(save)
+    check_recipe(save)
     hush()
     import headwise as hw
 
@@ -107,7 +106,21 @@ def calibrated(
     with err.status(f"calibrating on {len(solved)} examples"):
         ready = hw.steer.calibrate(opened, chosen, solved, grid=space or None, **options)
     path = hw.steer.Recipe.of(opened, ready).save(save)
-    out.print(f"{ready}\nwrote {path}", markup=False, highlight=False, soft_wrap=True)
+    out.print(f"{shown(ready)}\nwrote {path}", markup=False, highlight=False, soft_wrap=True)
+
+
+def check_recipe(path: Path) -> None:
+    """Before anything long is run."""
+    if path.suffix != ".json":
+        raise HeadwiseError(f"{path}: wanted a name that ends in .json for the recipe.")
+    check_writable(path)
+
+
+def shown(method: Method) -> str:
+    """A method with its settings, tensors by their shape."""
+    values = {f.name: getattr(method, f.name) for f in fields(method)}
+    said = [f"{name}={f'tensor {list(v.shape)}' if hasattr(v, 'shape') else repr(v)}" for name, v in values.items()]
+    return f"{type(method).__name__}({', '.join(said)})"
 
 
 def named(option: str, given: list[str] | None) -> dict[str, Any]:
@@ -134,6 +147,11 @@ def made(name: str, settings: list[str]) -> Method:
         if not equals or key not in known:
             raise HeadwiseError(f"--set {setting}: wanted NAME=VALUE with one of {', '.join(known)}.")
         values[key] = HeadPattern.load(given) if key == "heads" and given.endswith(".json") else _value(given)
+    wanted = [f.name for f in fields(kind) if f.default is MISSING and f.name not in values]
+    if wanted:
+        raise HeadwiseError(
+            f"{kind.__name__} cannot be made without {', '.join(f'--set {name}=...' for name in wanted)}."
+        )
     try:
         return kind(**values)
     except TypeError as error:

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
+from headwise.attention import Edit
 from headwise.errors import HeadwiseError
 from headwise.models import Segments
 
 LAST = "last"
+
+
+def speak_of(edits: Sequence[Edit], name: str) -> bool:
+    """Whether edits mean the tokens of a segment."""
+    parts = [getattr(edit, part, None) for edit in edits for part in ("keys", "queries", "tokens")]
+    parts += [group for edit in edits for group in getattr(edit, "groups", ())]
+    return any(isinstance(part, str) and part == name for part in parts)
 
 
 def mark_last(batch: Mapping[str, Any], segments: Segments | None = None) -> Segments:
