@@ -245,3 +245,18 @@ def test_a_file_of_something_else_is_refused(tmp_path):
     (tmp_path / "other.json").write_text("[]")
     with pytest.raises(HeadwiseError, match=r"holds no results of the swap bench"):
         bench("attention", "copy", out=tmp_path / "other.json", resume=True, **TINY)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_mechanism_fits_every_task_at_the_sizes_of_all(task):
+    same, kind = Setup(), TASKS[task]()
+    batch = kind.draw(torch.Generator().manual_seed(0))
+    sizes = {}
+    for spec in specs_of("all"):
+        if spec.kind.causal_too or not kind.causal:
+            model = same.model(spec, kind, 0)
+            sizes[spec.label] = sum(p.numel() for p in model.parameters())
+            with torch.no_grad():
+                assert model(**batch).loss.isfinite(), spec.label
+    assert len(sizes) >= 28
+    assert max(sizes.values()) / min(sizes.values()) < 1.01, sizes

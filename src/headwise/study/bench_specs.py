@@ -21,6 +21,9 @@ from headwise.errors import HeadwiseError
 
 BASELINE = "attention"
 """Softmax attention as it is made without settings."""
+SMALL = {"dual_attention": "symbols=relative", "fixed_head_attention": "head_dim=32", "triadic_attention": "topk=6"}
+"""Settings under "all" where the defaults are made for larger models: they alone would have more parameters than the
+bench's models, or keep more tokens than a task has."""
 PARTS = {"score": swap.Score, "normaliser": swap.Normaliser, "position": swap.Position}
 Wanted = str | type[swap.Mechanism]
 
@@ -58,9 +61,12 @@ class Spec:
 
 
 def specs_of(mechanisms: str | Sequence[Wanted]) -> list[Spec]:
-    """All of them, softmax attention first. A string is a list with commas; "all" means every one there is."""
-    if isinstance(mechanisms, str):
-        mechanisms = list(swap.MECHANISMS) if mechanisms == "all" else split(mechanisms, ",")
+    """All of them, softmax attention first. A string is a list with commas; "all" means every one there is, three of
+    them at a size that fits (`SMALL`)."""
+    if mechanisms == "all":
+        mechanisms = [f"{name}:{SMALL[name]}" if name in SMALL else name for name in swap.MECHANISMS]
+    elif isinstance(mechanisms, str):
+        mechanisms = split(mechanisms, ",")
     specs = {spec.label: spec for spec in map(Spec.of, [BASELINE, *mechanisms])}
     return list(specs.values())
 

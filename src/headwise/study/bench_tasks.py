@@ -147,14 +147,14 @@ class Recall(DecoderTask):
 
 
 class Retrieve(DecoderTask):
-    """One fact in noise: 61 random tokens with a marker and a value somewhere between them, then the marker again:
+    """One fact in noise: 60 random tokens with a marker and a value somewhere between them, then the marker again:
     asked is the value."""
 
-    name, what = "retrieve", "a value said once in 61 tokens of noise"
+    name, what = "retrieve", "a value said once in 60 tokens of noise"
 
     def __init__(self) -> None:
         self.values, self.noise = 16, 16
-        self.vocabulary, self.length = self.values + self.noise + 1, 65
+        self.vocabulary, self.length = self.values + self.noise + 1, 64
         self.chance = 1 / self.values
 
     def draw(self, generator: torch.Generator) -> Batch:

@@ -137,12 +137,15 @@ class Attention(Mechanism):
 
     def attend(self, q: Heads, k: Heads, v: Heads, mask: Mask, here: Places, j0: int = 0, **how: Any) -> Heads:
         """Every head's output. `how` changes further fields of the call."""
-        i = torch.arange(here.first, here.first + q.shape[2])
+        rows = here.first, here.first + q.shape[2]
+        i = torch.arange(*rows)
         bias = self.position.bias(self.heads, i, torch.arange(j0, j0 + k.shape[2]))
         how.setdefault("form", self.form)
+        # Made there, not copied: a copy would wait for the device, and no CUDA graph could be captured.
+        there = torch.arange(*rows, device=q.device)
         call = AttentionCall(
             q, k, v, self.scale, mask,
-            bias=None if bias is None else bias.to(q), i=i.to(q.device), j0=j0, host_i=i, **how,
+            bias=None if bias is None else bias.to(q), i=there, j0=j0, host_i=i, **how,
         )  # fmt: skip
         return attended(call)
 
