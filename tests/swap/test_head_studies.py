@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -11,12 +13,12 @@ from headwise.study.bench_tasks import TASKS
 from headwise.study.finding import Finding
 from headwise.study.swap_find_block import BLOCKS, SIZE, blocks, error, find_the_block
 from headwise.study.swap_head_embedding import LAYERS, head_embeddings
-from headwise.study.swap_train import count, host
+from headwise.study.swap_train import count, host, pair_bits
 from tests.scan.models import llama
 
 
 def shown(finding: Finding) -> dict:
-    assert finding.verdict in ("holds", "fails")
+    assert finding.verdict in ("holds", "fails", "untestable")
     assert finding.seeds == [0]
     return finding.measured
 
@@ -118,6 +120,13 @@ def test_one_block_alone_holds_both_letters():
             return type("Out", (), {"logits": logits})
 
     assert error(Right(), draw, 2) == 0
+
+
+def test_a_table_of_pairs():
+    task = TASKS["lm"]()
+    task.vocabulary, task.training, task.kept = 3, torch.tensor([0, 1, 0, 1, 0, 2]), torch.tensor([0, 1, 2])
+    after_0, after_1 = 3 / 6, 1 / 5  # 0 is followed by 1, 1, 2 and 1 by 0, 0; one more of each
+    assert pair_bits(task) == pytest.approx(-(math.log2(after_0) + math.log2(after_1)) / 2)
 
 
 def test_sizes_can_be_matched():

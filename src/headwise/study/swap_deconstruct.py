@@ -16,10 +16,10 @@ from headwise.study.bench_tasks import LanguageModel, quality
 from headwise.study.finding import Finding
 from headwise.study.hosts import Block, Make
 from headwise.study.registry import study
-from headwise.study.swap_train import by_seed, count, fitted, host
+from headwise.study.swap_train import by_seed, count, fitted, host, pair_bits
 from headwise.swap.convert import chosen_layers
 
-DIM, HEADS = 64, 4
+DIM, HEADS = 32, 4
 FIXED = ("static", "text", "random")
 LAYOUTS = {"uniform": "all", "hybrid": "odd"}
 Variant = Callable[[], nn.Module]
@@ -58,54 +58,68 @@ def laid(variant: Variant, layout: str, layers: int) -> Make:
     claim="Alone, attention without mixing or without pairwise scores fails; between ordinary layers all variants do.",
 )
 def deconstructing_attention(
-    seeds: Sequence[int] = (0, 1, 2), steps: int = 150, rows: int = 8, layers: int = 4, dim: int = DIM
+    seeds: Sequence[int] = (0, 1, 2), steps: int = 800, lr: float = 6e-3, rows: int = 16, layers: int = 4
 ) -> Finding:
     """Six variants in all layers of a decoder (uniform) or in layers 1 and 3 of 4 (hybrid), on the characters of
     Python's help texts; nats per character on held-out text, equally many parameters (the paper: 70M to 500M, 15B
-    tokens). Beside them non-approximate attention with normed factors. Skipped: hybrids without their variants."""
+    tokens). Beside them non-approximate attention with normed factors. Skipped: hybrids without their variants.
+
+    In a first run (width 64, 150 steps of 8 rows, lr 3e-3) ordinary attention was no better than none. Width, steps,
+    rows and lr were then chosen by the loss of ordinary attention alone, and "untestable" added for the case that it is
+    no better than a table of character pairs; the rest of the rule is the first. Some 25 processor minutes."""
     task = LanguageModel()
     task.rows = rows  # type: ignore[misc]
     text = task.training[: task.length]
-    full = count(host(lambda _: standard(), task, 0, dim, layers))
-    skipped: dict[str, list[float]] = {}
+    full = count(host(lambda _: standard(), task, 0, DIM, layers))
 
     def measure(seed: int) -> dict[str, float]:
-        nats = {"standard": nll(fitted(host(lambda _: standard(), task, seed, dim, layers), task, seed, steps), task)}
+        plain = host(lambda _: standard(), task, seed, DIM, layers)
+        nats = {"standard": nll(fitted(plain, task, seed, steps, lr), task)}
         for name, variant in variants(task.length, seed).items():
             for layout in LAYOUTS:
-                model = host(laid(variant, layout, layers), task, seed, dim, layers, parameters=full)
+                model = host(laid(variant, layout, layers), task, seed, DIM, layers, parameters=full)
                 whole = streamed(model, name, text)
-                fitted(whole, task, seed, steps)
+                fitted(whole, task, seed, steps, lr)
                 nats[f"{name}, {layout}"] = nll(whole, task)
-                if layout == "hybrid":
-                    skipped.setdefault(name, []).append(nll(without_variants(model), task))
+            nats[f"{name}, skipped"] = nll(without_variants(model), task)
         return nats
 
     found = by_seed(measure, tuple(seeds))
+    return conclude(found, pair_bits(task) * math.log(2), full, steps, layers, seeds)
+
+
+def conclude(
+    found: dict[str, list[float]], pairs: float, parameters: int, steps: int, layers: int, seeds: Sequence[int]
+) -> Finding:
+    """The verdict on the losses of all models; `pairs`: that of a table of character pairs."""
     loss = {name: float(np.mean(x)) for name, x in found.items()}
-    uniform = {name: loss[f"{name}, uniform"] - loss["standard"] for name in skipped}
-    hybrid = {name: loss[f"{name}, hybrid"] - loss["standard"] for name in skipped}
+    above = {name: value - loss["standard"] for name, value in loss.items()}
+    names = [name.removesuffix(", skipped") for name in found if name.endswith(", skipped")]
+    uniform, hybrid, skipped = (
+        {name: above[f"{name}, {kind}"] for name in names} for kind in ("uniform", "hybrid", "skipped")
+    )
     failing = min(uniform["mlp"], uniform["non-approximate"])
     ordered = 0 < uniform["approximate"] < min(uniform[f] for f in FIXED) <= max(uniform[f] for f in FIXED) < failing
     closed = all(hybrid[name] <= 0.5 * uniform[name] for name in ("mlp", "non-approximate", *FIXED))
-    harmed = all(np.mean(skipped[name]) - loss[f"{name}, hybrid"] > 0.5 for name in skipped)
-    listed = "; ".join(
-        f"{name} {uniform[name]:+.3f}, {hybrid[name]:+.3f}, {np.mean(skipped[name]) - loss['standard']:+.2f}"
-        for name in skipped
-    )
+    harmed = all(skipped[name] - hybrid[name] > 0.5 for name in names)
+    listed = "; ".join(f"{name} {uniform[name]:+.3f}, {hybrid[name]:+.3f}, {skipped[name]:+.2f}" for name in names)
+    met = {"order": ordered, "hybrids close the gap": closed, "skipping harms": harmed}
+    verdict = "untestable" if loss["standard"] >= pairs else "holds" if all(met.values()) else "fails"
     return Finding(
-        measured={"nats": loss, "nats_by_seed": found, "skipped": skipped, "parameters": full},
+        measured={"nats": loss, "nats_by_seed": found, "pair_table": pairs, "met": met, "parameters": parameters},
         expected=(
             "Mean losses in uniform: standard < approximate < static, text and random < MLP and non-approximate "
             "(without norm). Hybrids of all but the approximate one close at least half of the gap to standard. "
-            "Skipping the variants' layers costs every hybrid more than 0.5 nats."
+            "Skipping the variants' layers costs every hybrid more than 0.5 nats. Untestable where standard is not "
+            "below a table of character pairs."
         ),
-        verdict="holds" if ordered and closed and harmed else "fails",
+        verdict=verdict,
         reason=(
-            f"Standard {loss['standard']:.3f} nats per character after {steps} steps; above it in uniform, in hybrid, "
-            f"and in hybrid with these layers skipped: {listed}."
+            f"Standard {loss['standard']:.3f} nats per character after {steps} steps, a table of pairs {pairs:.3f}; "
+            f"above standard in uniform, in hybrid, and in hybrid with these layers skipped: {listed}. "
+            f"Of the rule's three parts {', '.join(name for name in met if met[name]) or 'none'} held."
         ),
-        model=f"decoders of {layers} layers and width {dim}, trained here",
+        model=f"decoders of {layers} layers and width {DIM}, trained here",
         seeds=list(seeds),
     )
 

@@ -10,7 +10,7 @@ from headwise import swap
 from headwise.study.bench_tasks import TASKS, quality
 from headwise.study.finding import Finding
 from headwise.study.registry import study
-from headwise.study.swap_train import by_seed, fitted, host
+from headwise.study.swap_train import by_seed, fitted, host, pair_bits
 
 DIM, HEADS = 64, 8
 
@@ -31,12 +31,16 @@ LAYERS: dict[str, Callable[[], swap.Mechanism]] = {
     room="swap",
     claim="Head embeddings on one shared projection keep most of multi-head attention; multiplied, more than added.",
 )
-def head_embeddings(seeds: Sequence[int] = (0, 1, 2), steps: int = 300, rows: int = 16) -> Finding:
+def head_embeddings(seeds: Sequence[int] = (0, 1, 2), steps: int = 1000, rows: int = 16) -> Finding:
     """Decoders of 2 layers, width 64 and 8 heads on the characters of Python's help texts, trained alike; nothing but
     the attention differs, so that parameters are fewer with head embeddings (that is their point). Kept: of what
     multi-head attention is better than a single head of the same width in bits per character on held-out text, which
     has hardly fewer parameters than head embeddings. Learned positions; with rotary ones beside, where the key
-    embeddings that are added have an effect."""
+    embeddings that are added have an effect.
+
+    In a first run of 300 steps multi-head attention was hardly better than a table of character pairs. The steps were
+    then chosen by its loss alone, and "untestable" added for the case that it is no better than that table or than a
+    single head; the rest of the rule is the first. Some 10 processor minutes."""
     task = TASKS["lm"]()
     task.rows = rows  # type: ignore[misc]
 
@@ -50,19 +54,28 @@ def head_embeddings(seeds: Sequence[int] = (0, 1, 2), steps: int = 300, rows: in
     mean = {name: float(np.mean(values)) for name, values in bits.items()}
     gain = mean["single head"] - mean["MHA"]
     kept = {name: (mean["single head"] - mean[name]) / gain for name in ("MHE-MUL", "MHE-ADD", "MQA")}
-    holds = gain > 0 and kept["MHE-MUL"] >= 0.5 and mean["MHE-MUL"] <= mean["MHE-ADD"]
+    pairs = pair_bits(task)
+    holds = kept["MHE-MUL"] >= 0.5 and mean["MHE-MUL"] <= mean["MHE-ADD"]
     sizes = {name: layer().parameter_count for name, layer in LAYERS.items()}
     return Finding(
-        measured={"bits_per_character": bits, "mean": mean, "attention_parameters": sizes, "kept": kept},
+        measured={
+            "bits_per_character": bits,
+            "mean": mean,
+            "attention_parameters": sizes,
+            "kept": kept,
+            "pair_table": pairs,
+        },
         expected=(
             "MHE-MUL keeps at least half of what multi-head attention gains over a single head of the same width, and "
-            "is on average no worse than MHE-ADD."
+            "is on average no worse than MHE-ADD. Untestable where multi-head attention is not below a single head and "
+            "a table of character pairs."
         ),
-        verdict="holds" if holds else "fails",
+        verdict="untestable" if gain <= 0 or mean["MHA"] >= pairs else "holds" if holds else "fails",
         reason=(
-            f"Bits per character: {', '.join(f'{name} {value:.3f}' for name, value in mean.items())}. Of the gain over "
-            f"a single head MUL keeps {kept['MHE-MUL']:.0%}, ADD {kept['MHE-ADD']:.0%}, MQA {kept['MQA']:.0%}, with "
-            f"{sizes['MHE-MUL']:,} parameters of attention a layer instead of {sizes['MHA']:,}."
+            f"Bits per character: {', '.join(f'{name} {value:.3f}' for name, value in mean.items())}, a table of pairs "
+            f"{pairs:.3f}. Of the gain over a single head MUL keeps {kept['MHE-MUL']:.0%}, "
+            f"ADD {kept['MHE-ADD']:.0%}, MQA {kept['MQA']:.0%}, with {sizes['MHE-MUL']:,} parameters of attention "
+            f"a layer instead of {sizes['MHA']:,}."
         ),
         model=f"decoders of 2 layers, trained for {steps} steps",
         seeds=list(seeds),

@@ -26,11 +26,15 @@ HELD_OUT = 10_000
     room="swap",
     claim="Masking heads in training makes their importance more equal and the loss of important ones less harmful.",
 )
-def head_mask(seeds: Sequence[int] = (0, 1, 2, 3, 4), length: int = 6, steps: int = 300, cut: int = 4) -> Finding:
+def head_mask(seeds: Sequence[int] = (0, 1, 2, 3, 4), length: int = 6, steps: int = 800, cut: int = 4) -> Finding:
     """A translation in small: a string of letters is to be said backwards in another alphabet, by a decoder of 4 layers
     with 4 heads of 8, trained without a mask, with an eighth of the heads masked at random, and with the most important
     eighth masked. Importance of a head: |dL/dxi|, mean over held-out batches; its Gini coefficient is 0 where all are
-    equal. Cut: what the held-out loss rises by when the `cut` most important heads are silenced."""
+    equal. Cut: what the held-out loss rises by when the `cut` most important heads are silenced.
+
+    In a first run of 300 steps the task was not quite learnt (0.10 nats without a mask). The steps were then chosen by
+    the loss without a mask alone, and "untestable" added for the case that it is above 0.05; the rest of the rule is
+    the first. Some 8 processor minutes."""
     draw = reversed_strings(length)
 
     def measure(seed: int) -> dict[str, float]:
@@ -61,8 +65,9 @@ def head_mask(seeds: Sequence[int] = (0, 1, 2, 3, 4), length: int = 6, steps: in
     holds = all(won[f"{what}, {mode}"] >= most for what in ("gini", "rise") for mode in ("rand", "impt"))
     return Finding(
         measured={"seeds": found, "mean": mean, "seeds_better_than_none": won, "heads": LAYERS * HEADS, "cut": cut},
-        expected="For both masks most seeds have a lower Gini coefficient, and a smaller rise after the cut.",
-        verdict="holds" if holds else "fails",
+        expected="For both masks most seeds have a lower Gini coefficient, and a smaller rise after the cut. "
+        "Untestable where the loss without a mask is above 0.05 on any seed.",
+        verdict="untestable" if max(found["loss, none"]) > 0.05 else "holds" if holds else "fails",
         reason=(
             f"Gini {mean['gini, none']:.2f} without, {mean['gini, rand']:.2f} random, {mean['gini, impt']:.2f} "
             f"important; the loss rises after the cut by {mean['rise, none']:.2f}, {mean['rise, rand']:.2f}, "

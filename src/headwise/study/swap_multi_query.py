@@ -16,7 +16,7 @@ from headwise.scan.needles import haystack
 from headwise.study.bench_tasks import TASKS, quality
 from headwise.study.finding import Finding
 from headwise.study.registry import study
-from headwise.study.swap_train import by_seed, count, fitted, host
+from headwise.study.swap_train import by_seed, count, fitted, host, pair_bits
 
 PAPER = swap.MultiQueryAttention.paper
 HEADS, DIM = 8, 64
@@ -28,11 +28,15 @@ HEADS, DIM = 8, 64
     room="swap",
     claim="One key-value head for all queries costs little quality, far less than having one head alone.",
 )
-def multi_query(seeds: Sequence[int] = (0, 1, 2), steps: int = 300, tuning: int = 100, rows: int = 16) -> Finding:
+def multi_query(seeds: Sequence[int] = (0, 1, 2), steps: int = 1000, tuning: int = 100, rows: int = 16) -> Finding:
     """Decoders of 2 layers, width 64 and 8 heads on the characters of Python's help texts, with 8, 2 and 1 key-value
     heads, and with a single head of the same width; parameters are equal through the feed-forward part. Bits per
     character on held-out text. Then the key-value heads of the trained model with 8 of them are merged to one by their
-    mean, by the first of them, or replaced by random ones, and tuned."""
+    mean, by the first of them, or replaced by random ones, and tuned.
+
+    In a first run of 300 steps on average none was better than a table of character pairs. The steps were then chosen
+    by the loss with 8 key-value heads alone, and "untestable" added for the case that it is no better than that table;
+    the rest of the rule is the first. Some 7 processor minutes."""
 
     task = TASKS["lm"]()
     task.rows = rows  # type: ignore[misc]
@@ -67,6 +71,7 @@ def multi_query(seeds: Sequence[int] = (0, 1, 2), steps: int = 300, tuning: int 
     alone = mean["single head"] - mean["8"]
     worse = all(one < single for one, single in zip(bits["1"], bits["single head"], strict=True))
     closed = 1 - (mean["mean, tuned"] - mean["8, tuned"]) / (mean["merged by mean"] - mean["8"])
+    pairs = pair_bits(task)
     holds = worse and lost <= alone / 2 and closed >= 0.5
     return Finding(
         measured={
@@ -75,18 +80,20 @@ def multi_query(seeds: Sequence[int] = (0, 1, 2), steps: int = 300, tuning: int 
             "parameters": sizes,
             "cached_numbers_per_token_and_layer": {n: layer(*kind).cached_per_token for n, kind in kinds.items()},
             "gap_closed_by_tuning": closed,
+            "pair_table": pairs,
         },
         expected=(
             "On every seed one key-value head is better than a single head, on average it loses at most half of what "
             "a single head does, and tuning closes at least half of the gap that merging by the mean opens "
-            "(to the unmerged one, tuned alike)."
+            "(to the unmerged one, tuned alike). Untestable where 8 key-value heads are not below a table of character "
+            "pairs."
         ),
-        verdict="holds" if holds else "fails",
+        verdict="untestable" if mean["8"] >= pairs else "holds" if holds else "fails",
         reason=(
             f"{mean['8']:.3f} bits per character with 8 key-value heads, {mean['2']:.3f} with 2, {mean['1']:.3f} "
-            f"with 1, {mean['single head']:.3f} with a single head. Merged to one: {mean['merged by mean']:.2f} by "
-            f"the mean, {mean['merged by first']:.2f} by the first, {mean['merged by random']:.2f} random; "
-            f"{tuning} steps of tuning close {closed:.0%} of the mean's gap."
+            f"with 1, {mean['single head']:.3f} with a single head, {pairs:.3f} a table of pairs. "
+            f"Merged to one: {mean['merged by mean']:.2f} by the mean, {mean['merged by first']:.2f} by the first, "
+            f"{mean['merged by random']:.2f} random; {tuning} steps of tuning close {closed:.0%} of the mean's gap."
         ),
         model=f"decoders of 2 layers, trained for {steps} steps",
         seeds=list(seeds),

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import numpy as np
+import torch
 from torch import nn
 
 from headwise import swap
-from headwise.study.bench_tasks import TASKS, BenchTask, quality
+from headwise.study.bench_tasks import TASKS, Batch, BenchTask, quality
 from headwise.study.finding import Finding
+from headwise.study.hosts import Make, Vectors
 from headwise.study.registry import study
+from headwise.study.swap_structure import Chain
 from headwise.study.swap_train import by_seed, count, fitted, host
 from headwise.swap.nexus import Inner
 
@@ -20,45 +23,68 @@ Kinds = dict[str, tuple[int, Callable[[int], nn.Module]]]
 """How many layers, and the mechanism of one."""
 
 
+class Links(BenchTask):
+    """`Chain` as a task of the bench: the colours of the token that each one names, and of the one that names."""
+
+    name, what, causal, rows = "links", "what is one link away, and two", False, Chain.rows
+
+    def __init__(self) -> None:
+        self.chain = Chain()
+        self.chance = 1 / self.chain.colours**2
+
+    def host(self, make: Make, dim: int, layers: int, hidden: int) -> nn.Module:
+        nodes, colours = self.chain.nodes, self.chain.colours
+        return Vectors(make, 2 * nodes + colours, dim, layers, colours**2, nodes, hidden, pooled=False)
+
+    def draw(self, generator: torch.Generator) -> Batch:
+        return self.chain(generator)
+
+
 @study(
     "nexus_two_hops",
     paper=PAPER,
     room="swap",
-    claim="One layer and one head of second order recalls what followed a key; plain attention of that size does not.",
+    claim="One layer and one head of second order does what takes two hops; plain attention of that size doesn't.",
 )
-def nexus_two_hops(seeds: Sequence[int] = (0, 1, 2), steps: int = 800, dim: int = 64) -> Finding:
-    """Associative recall: 4 keys with random values, over and over in new orders. It takes two hops: the value that is
-    wanted stands behind the key, and its own key must say so. One layer, one head, equal parameters through the
-    feed-forward part; the three readings of the inner attention, and as a yardstick two layers of plain attention with
-    as many parameters: where not even they learn it, the training was too short to tell. Who only knows which values
-    are left in a round is right in 52%."""
-    task = TASKS["recall"]()
+def nexus_two_hops(seeds: Sequence[int] = (0, 1, 2), steps: int = 1200, dim: int = 64) -> Finding:
+    """Two tasks that take two hops. Links: each of 8 tokens names another one; asked are the colours of that one and of
+    the one it names in turn (who sees the first alone is right 1 time in 4). Recall: 4 keys with random values, over
+    and over in new orders; the value stands behind the key, and its own key must say so (who only knows which values
+    are left in a round is right in 52%). One layer, one head, equal parameters through the feed-forward part; the three
+    readings of the inner attention, and as a yardstick two layers of plain attention with as many parameters.
 
-    def plain(_: int) -> nn.Module:
-        return swap.Attention(dim, 1, causal=True)
-
-    kinds: Kinds = {"standard": (1, plain), "two layers": (2, plain)}
-    for inner in INNER:
-        kinds[inner] = (1, second_order(dim, 1, inner))
-    accuracy, sizes = compared(kinds, task, seeds, steps, dim)
-    mean = {name: float(np.mean(values)) for name, values in accuracy.items()}
-    learned = min(accuracy["two layers"]) >= 0.9
-    gains = [one - other for one, other in zip(accuracy["qkv"], accuracy["standard"], strict=True)]
+    The first run had recall alone, 800 steps: the yardstick was stuck at 60%, and it stays there with longer training
+    and other learning rates. Links were then added, because the yardstick learns them, and the steps chosen by it
+    alone; the rule (20 points, 90%) is the first. Some 10 processor minutes."""
+    accuracy, decided = {}, {}
+    for name, task in (("links", Links()), ("recall", TASKS["recall"]())):
+        accuracy[name], sizes = compared(two_hop_kinds(dim, task.causal), task, seeds, steps, dim)
+        gains = [one - other for one, other in zip(accuracy[name]["qkv"], accuracy[name]["standard"], strict=True)]
+        if min(accuracy[name]["two layers"]) >= 0.9:
+            decided[name] = min(gains) >= 0.2
+    listed = "; ".join(
+        f"{name}: " + ", ".join(f"{kind} {np.mean(x):.1%}" for kind, x in by_kind.items())
+        for name, by_kind in accuracy.items()
+    )
     return Finding(
-        measured={"accuracy": accuracy, "mean": mean, "parameters": sizes, "chance": task.chance},
+        measured={"accuracy": accuracy, "parameters": sizes, "decided": decided},
         expected=(
-            'On every seed second order (inner="qkv") is right in 20 percent points more than plain attention. '
-            "Untestable where it is not, and two plain layers are right in less than 90%."
+            'On every seed second order (inner="qkv") is right in 20 percent points more than plain attention, in all '
+            "tasks in which two plain layers are right in 90% or more on every seed. Untestable where there is none."
         ),
-        verdict="holds" if min(gains) >= 0.2 else "fails" if learned else "untestable",
-        reason=(
-            f"Right answers: plain {mean['standard']:.1%}, second order "
-            f"{', '.join(f'{mean[inner]:.1%} ({inner})' for inner in INNER)}, two plain layers "
-            f"{mean['two layers']:.1%}."
-        ),
+        verdict="untestable" if not decided else "holds" if all(decided.values()) else "fails",
+        reason=f"Right answers in {listed}. Two plain layers learnt: {', '.join(decided) or 'neither'}.",
         model=f"one layer of width {dim} with one head, trained for {steps} steps",
         seeds=list(seeds),
     )
+
+
+def two_hop_kinds(dim: int, causal: bool) -> Kinds:
+    def plain(_: int) -> nn.Module:
+        return swap.Attention(dim, 1, causal=causal)
+
+    seconds: Kinds = {inner: (1, second_order(dim, 1, inner, causal)) for inner in INNER}
+    return {"standard": (1, plain), "two layers": (2, plain), **seconds}
 
 
 @study(
@@ -106,8 +132,8 @@ def nexus_language(
     )
 
 
-def second_order(dim: int, heads: int, inner: Inner) -> Callable[[int], nn.Module]:
-    return lambda _: swap.NexusAttention(dim, heads, inner=inner, causal=True)
+def second_order(dim: int, heads: int, inner: Inner, causal: bool = True) -> Callable[[int], nn.Module]:
+    return lambda _: swap.NexusAttention(dim, heads, inner=inner, causal=causal)
 
 
 def compared(

@@ -53,10 +53,14 @@ class Chain:
     room="swap",
     claim="One layer of multi-hop attention answers about two linked tokens; one ordinary layer can't, two can.",
 )
-def multi_hop_chain(seeds: Sequence[int] = (0, 1, 2), steps: int = 500, nodes: int = 8) -> Finding:
+def multi_hop_chain(seeds: Sequence[int] = (0, 1, 2), steps: int = 1500, nodes: int = 8) -> Finding:
     """Every one of 8 tokens names another one; asked is the colour of that one and of the one it names in turn.
     Encoders of width 64 and 2 heads, all with as many parameters as the ordinary one of two layers. Share of right
-    answers on held-out sets; who sees only the first of the two colours guesses the other, and is right 1 time in 4."""
+    answers on held-out sets; who sees only the first of the two colours guesses the other, and is right 1 time in 4.
+
+    In a first run of 500 steps two ordinary layers had not learnt it. Steps and warm-up were then chosen by these
+    alone, and "untestable" added for the case that they are right in less than 90%; the rest of the rule is the first.
+    Some 4 processor minutes."""
     task, kinds = Chain(nodes), {"ordinary, 1 layer": 1, "multi-hop, 1 layer": 1, "ordinary, 2 layers": 2}
 
     def encoder(name: str, hidden: int) -> nn.Module:
@@ -71,7 +75,7 @@ def multi_hop_chain(seeds: Sequence[int] = (0, 1, 2), steps: int = 500, nodes: i
     for seed in seeds:
         for name in kinds:
             model = build(partial(matched, partial(encoder, name), full, 4 * DIM), seed)
-            train(model, task, Recipe(steps, lr=3e-3, warmup=20, decay="cosine", seed=seed))
+            train(model, task, Recipe(steps, lr=3e-3, warmup=steps // 10, decay="cosine", seed=seed))
             right[name].append(accuracy(model, task, 10_000 + seed))
     low, hop, two = (right[name] for name in kinds)
     chance = 1 / task.colours
@@ -79,8 +83,9 @@ def multi_hop_chain(seeds: Sequence[int] = (0, 1, 2), steps: int = 500, nodes: i
     listed = ", ".join(f"{name} {np.mean(x):.0%} ({min(x):.0%})" for name, x in right.items())
     return Finding(
         measured={"accuracy": right, "parameters": full, "first_colour_only": chance},
-        expected="On every seed multi-hop and two layers are right 90% of the time or more, one layer at most 50%.",
-        verdict="holds" if holds else "fails",
+        expected="On every seed multi-hop and two layers are right 90% of the time or more, one layer at most 50%. "
+        "Untestable where two layers are not.",
+        verdict="untestable" if min(two) < 0.9 else "holds" if holds else "fails",
         reason=f"Right after {steps} steps, mean (worst seed): {listed}; the first colour alone gives {chance:.0%}.",
         model="small encoders trained here",
         seeds=list(seeds),
@@ -122,30 +127,36 @@ class Latest:
     claim="The window that expanding attention chooses grows with how far back it must look, and loses nothing by it.",
 )
 def expanding_window(
-    seeds: Sequence[int] = (0, 1, 2), gaps: Sequence[int] = (2, 8, 32), steps: int = 300, tol: float = 0.05
+    seeds: Sequence[int] = (0, 1, 2), gaps: Sequence[int] = (2, 8, 32), steps: int = 1200, tol: float = 0.05
 ) -> Finding:
     """Each token must tell the colour of the latest marked one, with marks on one token in 2, 8 or 32. One layer of
     expanding attention with one head, trained with all keys in sight; then the mean window its queries choose in 64
-    tokens, and the most that the weights of any row differ from those with all keys (sum of absolute differences)."""
+    tokens, and the most that the weights of any row differ from those with all keys (sum of absolute differences).
+
+    In a first run of 300 steps the farthest marks were not learnt. Steps and warm-up were then chosen by attention with
+    ALiBi alone, which learns them, and "untestable" added for the case that a reader is right in less than 90%; the
+    rest of the rule is the first. Some 6 processor minutes."""
     found: list[dict[str, float]] = []
     for gap in gaps:
         task = Latest(gap)
         for seed in seeds:
             model = build(partial(reader, task), seed)
-            train(model, task, Recipe(steps, lr=3e-3, warmup=20, decay="cosine", seed=seed))
+            train(model, task, Recipe(steps, lr=3e-3, warmup=steps // 10, decay="cosine", seed=seed))
             right = accuracy(model, task, 10_000 + seed)
             found.append({"gap": gap, "seed": seed, "accuracy": right} | reach(model, task, tol, 20_000 + seed))
     window = {gap: [r["window"] for r in found if r["gap"] == gap] for gap in gaps}
     off = max(r["difference"] for r in found)
+    least = min(r["accuracy"] for r in found)
     grows = all(max(window[a]) < min(window[b]) for a, b in pairwise(gaps))
     listed = ", ".join(f"{np.mean(x):.0f} tokens for marks {gap} apart" for gap, x in window.items())
     return Finding(
         measured={"runs": found, "window": window, "tol": tol},
-        expected="The mean window grows with the gap on every seed; no row differs by more than 4 times the tolerance.",
-        verdict="holds" if grows and off <= 4 * tol else "fails",
+        expected="The mean window grows with the gap on every seed; no row differs by more than 4 times the tolerance. "
+        "Untestable where a reader is right in less than 90%.",
+        verdict="untestable" if least < 0.9 else "holds" if grows and off <= 4 * tol else "fails",
         reason=(
             f"Mean windows: {listed}; rows differ by at most {off:.3f} at a tolerance of {tol}; answers are right "
-            f"{min(r['accuracy'] for r in found):.0%} to {max(r['accuracy'] for r in found):.0%} of the time."
+            f"{least:.0%} to {max(r['accuracy'] for r in found):.0%} of the time."
         ),
         model="small one-layer models trained here",
         seeds=list(seeds),

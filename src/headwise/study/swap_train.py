@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import nn
 
-from headwise.study.bench_tasks import BenchTask
+from headwise.study.bench_tasks import BenchTask, LanguageModel
 from headwise.study.hosts import Make, matched
 from headwise.study.train import Recipe, build, train
 
@@ -26,6 +27,16 @@ def fitted(model: nn.Module, task: BenchTask, seed: int, steps: int, lr: float =
     """Trained in place and given back: AdamW, a tenth of the steps to warm up, then down to 0 along a half cosine."""
     train(model, task.draw, Recipe(steps, lr, warmup=steps // 10, decay="cosine", seed=seed))
     return model
+
+
+def pair_bits(task: LanguageModel) -> float:
+    """Bits per held-out character of a table of character pairs (counts plus one): as far as a model gets that mixes no
+    tokens. Where attention is not below it, it has not been used, and nothing can be said of what replaces it."""
+    counts = torch.ones(task.vocabulary, task.vocabulary)
+    ones = torch.ones(len(task.training) - 1)
+    counts.index_put_((task.training[:-1], task.training[1:]), ones, accumulate=True)
+    table = (counts / counts.sum(1, keepdim=True)).log2()
+    return -table[task.kept[:-1], task.kept[1:]].double().mean().item()
 
 
 def count(model: nn.Module) -> int:
