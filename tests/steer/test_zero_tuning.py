@@ -11,6 +11,7 @@ import headwise as hw
 from headwise import steer
 from headwise.models import Opened
 from tests.scan.models import llama
+from tests.steer.test_methods import ACTIVE, IDS, PARTS
 
 EXAMPLES = [steer.Choice("the family was so much pleased with", (" him", " her"), gold=n % 2) for n in range(2)] + [
     steer.Choice("Mr . Bingley had soon", (" a", " the", " no"), gold=2)
@@ -130,6 +131,37 @@ def test_a_recipe_comes_back_as_it_was(opened: Opened, tmp_path) -> None:
     assert again.methods == methods
     with pytest.raises(hw.HeadwiseError, match="made for"):
         again.check(llama(num_hidden_layers=3))
+
+
+@pytest.mark.parametrize("name", ACTIVE)
+def test_a_recipe_of_any_method_steers_as_the_method_does(opened: Opened, tmp_path, name: str) -> None:
+    found = []
+    path = steer.Recipe.of(opened, ACTIVE[name]).save(tmp_path / "recipe.json")
+    for methods in ((ACTIVE[name],), steer.Recipe.load(path).methods):
+        with steer.apply(opened, *methods, segments=PARTS), torch.no_grad():
+            found.append(opened.model(IDS).logits)
+    assert torch.equal(*found)
+
+
+def test_a_recipe_keeps_numbers_of_numpy_and_wants_methods_and_its_tensors(opened: Opened, tmp_path) -> None:
+    method = steer.TokenScale(gain=np.float32(2.0), heads=np.argwhere(np.eye(2, 4, 1) > 0))  # type: ignore[arg-type]
+    path = steer.Recipe.of(opened, method).save(tmp_path / "recipe.json")
+    assert steer.Recipe.load(path).methods == (steer.TokenScale(gain=2.0, heads=((0, 1), (1, 2))),)
+    with pytest.raises(hw.HeadwiseError, match="one or more steering methods"):
+        steer.Recipe.of(opened)
+    given = json.loads(path.read_text())
+    for methods, said in (
+        ([], "one or more steering methods"),
+        ([{"method": "TokenScale", "settings": {"gain": "x"}}], "must be a number; got 'x'"),
+        ([{"method": "TokenScale", "settings": {"heads": {"pattern": {}}}}], "damaged"),
+    ):
+        path.write_text(json.dumps(given | {"methods": methods}))
+        with pytest.raises(hw.HeadwiseError, match=said):
+            steer.Recipe.load(path)
+    path = steer.Recipe.of(opened, ACTIVE["FocusDirections"]).save(tmp_path / "directions.json")
+    path.with_suffix(".safetensors").unlink()
+    with pytest.raises(hw.HeadwiseError, match="directions is missing"):
+        steer.Recipe.load(path)
 
 
 @pytest.mark.parametrize("damage", ["not json", "{}", "unknown method", "unknown setting"])

@@ -13,6 +13,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -34,6 +36,10 @@ class Recipe:
     methods: tuple[Method, ...]
     model: str
     fingerprint: str
+
+    def __post_init__(self) -> None:
+        if not self.methods or not all(isinstance(method, Method) for method in self.methods):
+            raise HeadwiseError(f"A recipe wants one or more steering methods; got {self.methods!r}.")
 
     @classmethod
     def of(cls, opened: Opened, *methods: Method) -> Recipe:
@@ -82,12 +88,14 @@ class Recipe:
             tensors = load_file(beside) if beside.exists() else {}
             methods = [find(row["method"])(**restored(row["settings"], tensors)) for row in given["methods"]]
             return cls(tuple(methods), given["model"], given["fingerprint"])
-        except (KeyError, TypeError, AttributeError, SafetensorError) as error:
+        except (KeyError, TypeError, AttributeError, SafetensorError, ValidationError) as error:
             raise HeadwiseError(f"load: {path} is damaged ({type(error).__name__}: {error}).") from None
 
 
 def plain(value: Any, key: str, tensors: dict[str, Tensor]) -> Any:
     """A setting as JSON; a tensor is put aside under `key`."""
+    if isinstance(value, np.generic | np.ndarray):
+        value = value.tolist()
     if isinstance(value, Tensor):
         tensors[key] = value.detach().cpu().contiguous()
         return {"tensor": key}
@@ -112,6 +120,10 @@ def back(value: Any, tensors: dict[str, Tensor]) -> Any:
         return tuple(back(v, tensors) for v in value)
     if isinstance(value, dict):
         if "tensor" in value:
+            if value["tensor"] not in tensors:
+                raise HeadwiseError(
+                    f"load: the tensor {value['tensor']} is missing: keep the recipe's .safetensors file beside it."
+                )
             return tensors[value["tensor"]]
         if "pattern" in value:
             return HeadPattern.model_validate(value["pattern"])
