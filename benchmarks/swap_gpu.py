@@ -20,6 +20,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "src"))
 from gpu_timing import alternate, teraflops
 
 from headwise import swap
+from headwise.swap import multi_token as multi_token_module
+from headwise.swap.kernels.multi_token import multi_token_attention
 from headwise.swap.kernels.phase import phase_attention
 from headwise.swap.kernels.routed import routed_attention
 from headwise.swap.kernels.sigmoid import sigmoid_attention
@@ -182,23 +184,90 @@ def routed(sizes):
     return rows
 
 
+def learned(groups, taps=(6, 11)):
+    """Kernels and mixing matrices of multi-token attention, away from the identity."""
+    generator = torch.Generator("cuda").manual_seed(2)
+    kernel, mixing = torch.zeros(HEADS, *taps, device="cuda"), torch.eye(HEADS // groups, device="cuda")
+    kernel[:, -1, taps[1] // 2] = 1.0
+    made = (kernel, mixing.repeat(groups, 1, 1), kernel, mixing.repeat(groups, 1, 1))
+    return [
+        (x + 0.1 * torch.randn(x.shape, generator=generator, device="cuda")).bfloat16().requires_grad_() for x in made
+    ]
+
+
+def multi_token_reference(q, k, v, pre, pre_mixing, post, post_mixing):
+    seen = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
+
+    def slid(x, kernel):
+        pad = (kernel.shape[2] // 2, kernel.shape[2] // 2, kernel.shape[1] - 1, 0)
+        return F.conv2d(F.pad(x * seen, pad), kernel[:, None], groups=len(kernel))
+
+    def mixed(x, weight):
+        return torch.einsum("goc,bgcij->bgoij", weight, x.unflatten(1, weight.shape[:2])).flatten(1, 2)
+
+    s = mixed(slid(q @ k.mT * DIM**-0.5, pre), pre_mixing)
+    a = torch.softmax(s.masked_fill(~seen, float("-inf")), -1)
+    return mixed(slid(a, post) * seen, post_mixing) @ v
+
+
 def multi_token(sizes):
-    """Multi-token attention's blocks of rows beside the same layer with plain attention (cuDNN), whole layers."""
-    rows = []
+    """Multi-token attention, kernels of 6 x 11: "scores" convolves them and no more, "all" convolves scores and weights
+    and mixes all heads in both. Errors at 1,024 tokens, times beside cuDNN, and whole layers."""
+    own = learned(1)
+    given = [x.requires_grad_() for x in (*inputs(1024), *own)]
+    out = multi_token_attention(*given[:3], DIM**-0.5, *own, causal=True)
+    do = torch.randn_like(out)
+    true = [x.detach().double().requires_grad_() for x in given]
+    wanted = multi_token_reference(*true)
+    pairs = zip((out, *torch.autograd.grad(out, given, do)), (wanted, *torch.autograd.grad(wanted, true, do.double())))
+    names = "out dq dk dv dpre_kernel dpre_mixing dpost_kernel dpost_mixing".split()
+    found = {"errors": dict(zip(names, (error(a, t) for a, t in pairs))), "times": [], "layers": []}
+    print("multi-token", found["errors"], flush=True)
     for tokens in sizes:
-        x = torch.randn(1, tokens, HEADS * 64, device="cuda", dtype=torch.bfloat16)
-        own = dict(causal=True, position=swap.Rope())
-        plain = swap.Attention(HEADS * 64, HEADS, **own).cuda().bfloat16()
-        layers = {"plain": plain, "convolved": swap.MultiTokenAttention(HEADS * 64, HEADS, **own).cuda().bfloat16()}
-        with torch.no_grad(), sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-            torch.cuda.reset_peak_memory_stats()
-            cases = {name: lambda layer=layer, x=x: layer(x) for name, layer in layers.items()}
-            times, failed = alternate(cases)
-        rows.append(
-            {"tokens": tokens, "ms": times, "failed": failed, "peak_gib": torch.cuda.max_memory_allocated() / 2**30}
-        )
-        print("multi-token", rows[-1], flush=True)
-    return rows
+        q, k, v = (x.requires_grad_() for x in inputs(tokens))
+        cases = {
+            "flash": library(SDPBackend.FLASH_ATTENTION, q, k, v, True),
+            "cudnn": library(SDPBackend.CUDNN_ATTENTION, q, k, v, True),
+            "scores": lambda q=q, k=k, v=v: multi_token_attention(q, k, v, DIM**-0.5, own[0], causal=True),
+            "all": lambda q=q, k=k, v=v: multi_token_attention(q, k, v, DIM**-0.5, *own, causal=True),
+        }
+        with torch.no_grad():
+            found["times"].append(row("forward", tokens, True, *alternate(cases), 1.0))
+        do = torch.randn_like(q)
+        wanted = {"scores": (q, k, v, own[0]), "all": (q, k, v, *own)}
+        cases = {name: backwards(run, wanted.get(name, (q, k, v)), do) for name, run in cases.items()}
+        found["times"].append(row("backward", tokens, True, *alternate(cases), 2.5))
+        del cases
+        torch.cuda.empty_cache()
+        found["layers"].append(multi_token_layers(tokens))
+    return found
+
+
+def multi_token_layers(tokens):
+    """Whole layers without gradients: plain attention, and multi-token attention as the paper has it, in kernels and in
+    blocks of rows in PyTorch."""
+    x = torch.randn(1, tokens, HEADS * 64, device="cuda", dtype=torch.bfloat16)
+    own = dict(causal=True, position=swap.Rope())
+    plain = swap.Attention(HEADS * 64, HEADS, **own).cuda().bfloat16()
+    layer = swap.MultiTokenAttention(HEADS * 64, HEADS, **own).cuda().bfloat16()
+
+    def in_rows():
+        least, multi_token_module.FUSED_PLACES = multi_token_module.FUSED_PLACES, 2**62
+        try:
+            return layer(x)
+        finally:
+            multi_token_module.FUSED_PLACES = least
+
+    with torch.no_grad(), sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        cases = {"plain": lambda: plain(x), "multi-token": lambda: layer(x)}
+        if tokens <= 16384:
+            cases["multi-token, rows in PyTorch"] = in_rows
+        times, failed = alternate(cases)
+        torch.cuda.reset_peak_memory_stats()
+        layer(x)
+    found = {"tokens": tokens, "ms": times, "failed": failed, "peak_gib": torch.cuda.max_memory_allocated() / 2**30}
+    print("multi-token layer", found, flush=True)
+    return found
 
 
 def main():
@@ -211,7 +280,7 @@ def main():
         "sigmoid": lambda: {"errors": sigmoid_errors(), "times": sigmoid_times(given.sizes)},
         "phase": lambda: phase(given.sizes),
         "routed": lambda: routed(given.sizes),
-        "multi_token": lambda: multi_token([n for n in given.sizes if n <= 16384]),
+        "multi_token": lambda: multi_token(given.sizes),
     }
     result = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
     for name, measure in parts.items():

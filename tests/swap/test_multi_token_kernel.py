@@ -6,7 +6,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from headwise import swap
+from headwise.attention import attend
+from headwise.errors import HeadwiseError
+from headwise.swap import multi_token
+
 pytest.importorskip("triton")
+from headwise.swap.kernels import multi_token_block
 from headwise.swap.kernels.multi_token import multi_token_attention
 from tests.swap.truth import DEVICE, check, drawn
 
@@ -86,3 +92,60 @@ CASES = [
 @pytest.mark.parametrize("case", CASES)
 def test_output_and_gradients(case):
     compare(*case, torch.float32, 5e-6)
+
+
+@pytest.mark.parametrize("case", [((2, 1, 70, 70, 8, 8), CAUSAL, ALL), ((2, 1, 70, 70, 8, 8), PADDED, SCORES)])
+def test_blocks_of_rows_and_heads_add_up(case, monkeypatch):
+    monkeypatch.setattr(multi_token_block, "PLACES", 1)  # 64 rows of one group
+    monkeypatch.setattr(multi_token_block, "ROW", 64)  # more keys than that are read twice
+    compare(*case, torch.float32, 5e-6)
+
+
+def test_what_it_does_not_know_is_refused():
+    q = torch.zeros(1, 1, 4, 16)
+    with pytest.raises(HeadwiseError, match=r"over up to 33 keys; got 1 and \(1, 2, 35\)"):
+        multi_token_attention(q, q, q, 1.0, post_kernel=torch.zeros(1, 2, 35))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("which", [SCORES, ALL])
+def test_on_the_gpu(which, dtype):
+    tolerance = 5e-6 if dtype == torch.float32 else 1.5e-2
+    for shape, how in (
+        ((4, 2, 1100, 1100, 128, 128), CAUSAL),
+        ((4, 2, 129, 1000, 64, 64), (True, 871, True)),
+        ((4, 4, 333, 222, 64, 128), (False, 0, True)),
+    ):
+        compare(shape, how, which, dtype, tolerance, taps=(6, 11), each=4)
+
+
+@pytest.mark.gpu
+def test_a_layer_equals_the_whole_matrix(monkeypatch):
+    torch.manual_seed(0)
+    layer = swap.MultiTokenAttention(128, 4, kv_heads=2, causal=True, position=swap.Rope()).cuda()
+    with torch.no_grad():
+        for name, parameter in layer.named_parameters():
+            if "kernel" in name or "mixing" in name:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    x = torch.randn(2, 1000, 128, device="cuda")
+    mask = torch.ones(2, 1000, dtype=torch.bool, device="cuda")
+    mask[0, :90] = False
+
+    def run():
+        with attend(layer) as run:
+            y = layer(x, mask=mask)
+        grads = torch.autograd.grad(y[:, 90:].square().sum(), list(layer.parameters()))
+        return [path for path, _ in run.paths.values()], [y[:, 90:], *grads]
+
+    paths, got = run()
+    cache = swap.Cache()
+    with torch.no_grad():
+        parts = [layer(part, cache=cache) for part in x.split([996, 1, 3], 1)]
+        whole = layer(x)
+    monkeypatch.setattr(multi_token, "FUSED_PLACES", 2**30)
+    (other,), wanted = run()
+    assert (paths, other) == (["kernel"], "dense")
+    for a, b in zip(got, wanted):
+        torch.testing.assert_close(a, b, rtol=0, atol=2e-4 * b.abs().max().item())
+    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=0, atol=1e-5)

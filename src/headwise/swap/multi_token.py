@@ -35,7 +35,11 @@ from headwise.swap.parts.positions import Places
 Matrix = Float[Tensor, "batch heads query key"]
 
 PLACES = 2**20
-"""Query-key pairs a head in one block, where no gradients are needed."""
+"""Query-key pairs a head in one block of rows in PyTorch, where no gradients are needed."""
+
+FUSED_PLACES = 2**19
+"""From so many query-key pairs a head on, the Triton kernels are quicker than the whole matrix (measured on an H100,
+with gradients; without them the two are equal at half as many)."""
 
 
 class MultiTokenAttention(Attention):
@@ -51,7 +55,7 @@ class MultiTokenAttention(Attention):
 
     In a trained layer norm and gate are left out by default: equal output at the start. A cache holds the last
     `c_q - 1` rows of scores and weights beside keys and values. Mixed weights can be negative, and an entropy read from
-    them means little.
+    them means little. Long calls, causal or full, with or without padding, run in kernels on CUDA, gradients included.
     """
 
     paper: ClassVar[Paper] = Paper("Multi-Token Attention", "2504.00927")
@@ -176,14 +180,15 @@ class MultiTokenForm(Form):
 
     def has_kernel(self, call: AttentionCall) -> bool:
         grads = torch.is_grad_enabled() and any(x.requires_grad for x in (call.q, call.k, call.v))
-        return call.queries * call.keys > DENSE_PLACES and (not grads or self.fused(call))
+        return self.fused(call) or (not grads and call.queries * call.keys > DENSE_PLACES)
 
     def fused(self, call: AttentionCall) -> bool:
-        """Whether the Triton kernels can do this call: with gradients, but without rows from a cache."""
+        """Whether the Triton kernels can do this call and pay: with gradients, but without rows from a cache."""
         post, mixing = self.module.post_kernel, self.module.pre_mixing
         mixing = self.module.post_mixing if mixing is None else mixing
         return (
             fits(call)
+            and call.queries * call.keys >= FUSED_PLACES
             and not self.past
             and self.module.score.plain
             and self.module.normaliser.softmax

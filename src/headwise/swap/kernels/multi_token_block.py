@@ -16,12 +16,14 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from headwise.swap.kernels.multi_token_features import STEP
-from headwise.swap.kernels.multi_token_kernels import attend, slide, slide_taps, weigh, weigh_back
+from headwise.swap.kernels.multi_token_kernels import slide, slide_taps, weigh, weigh_back
 
 PLACES = 2**27
 """Query-key pairs of all heads in one block."""
-SIDE, WIDE, BM, BN, TILES = 16, 64, 64, 32, 8
-"""The convolution makes BN keys of BM rows from WIDE keys, SIDE of them before the first; a program TILES times."""
+ROW = 2**14
+"""Up to so many keys, the row of a head that isn't mixed with others is held at once."""
+SIDE, WIDE, BM, BN = 16, 64, 64, 32
+"""The convolution makes BN keys of BM rows from WIDE keys, SIDE of them before the first."""
 
 Matrix = Float[Tensor, "lane row key"]
 
@@ -52,7 +54,6 @@ class Given:
         self.each = self.heads // self.groups  # heads in a group
         self.halo = 0 if self.taps is None else self.taps.shape[1] - 1
         self.exact = self.q.dtype == torch.float32
-        self.plain = self.pre is None and self.taps is None and self.post is None
         per_row = self.each * self.features.shape[1]
         # What a causal block wastes on keys after its rows grows with its rows.
         rows = max(512, self.queries // 16) if self.causal else self.queries
@@ -86,22 +87,8 @@ class Block:
         self.scores = exact(self.queries, self.features.mT)
 
     def output(self) -> Float[Tensor, "lane row value_dim"]:
-        given = self.given
-        if given.plain:
-            return self.attend()
         self.weigh(again=False)
         return self.mixed @ self.values
-
-    def attend(self) -> Float[Tensor, "lane row value_dim"]:
-        given, dim, lse = self.given, self.values.shape[2], self.given.lse[self.part, self.rows]
-        out = self.values.new_empty(self.count, self.height, dim)
-        attend[(triton.cdiv(self.height, BM), self.count)](
-            self.scores, self.band(given.band), self.valid, self.values, lse, out, self.step, given.queries,
-            given.v.stride(0), self.height * dim, *self.numbers, groups=given.heads, CAUSAL=given.causal,
-            HAS_VALID=given.valid is not None, EXACT=given.exact, E=self.reach, DV=dim,
-            DVP=max(16, triton.next_power_of_2(dim)), BM=BM, BN=64,
-        )  # fmt: skip
-        return out
 
     def weigh(self, again: bool) -> None:
         """The weights `mixed`, which multiply the values, and those they are made from."""
@@ -146,8 +133,8 @@ class Block:
     def convolved(self, x: Matrix, taps: Tensor, back: bool) -> Matrix:
         rows = self.height if back else self.stop - self.start
         out = x.new_empty(self.count, rows, self.width)
-        slide[(triton.cdiv(self.width, BN * TILES), triton.cdiv(rows, BM), self.count)](
-            x, taps, self.valid, out, *self.slide_numbers(x, rows, back), BACK=back, TILES=TILES, **self.slide_kinds
+        slide[(triton.cdiv(self.width, BN), triton.cdiv(rows, BM), self.count)](
+            x, taps, self.valid, out, *self.slide_numbers(x, rows, back), BACK=back, **self.slide_kinds
         )
         return out
 
@@ -185,10 +172,6 @@ class Block:
         return 0 if self.given.band is None else self.given.band.stride(0)
 
     @property
-    def reach(self) -> int:
-        return 0 if self.given.band is None else self.given.band.shape[2]
-
-    @property
     def valid(self) -> Tensor:
         return self.values if self.given.valid is None else self.given.valid
 
@@ -214,9 +197,12 @@ class Block:
     def kinds(self) -> dict[str, int | bool]:
         given = self.given
         padded = 1 if given.pre is None else max(16, triton.next_power_of_2(self.each))
+        whole = padded == 1 and self.width <= ROW
+        size = triton.next_power_of_2(self.width) if whole else 2048 // padded
         return dict(
-            groups=given.heads // self.each, CAUSAL=given.causal, HAS_VALID=given.valid is not None,
-            E=self.reach, C=self.each, CP=padded, BN=1024 if padded == 1 else 2048 // padded,
+            groups=given.heads // self.each, CAUSAL=given.causal, HAS_VALID=given.valid is not None, WHOLE=whole,
+            E=0 if given.band is None else given.band.shape[2], C=self.each, CP=padded, BN=size,
+            num_warps=max(4, size // 1024) if whole else 4,
         )  # fmt: skip
 
     def slide_numbers(self, x: Matrix, rows: int, back: bool) -> tuple[int, ...]:

@@ -1,5 +1,5 @@
-"""Convolved scores as products: all is linear before the softmax, so a kernel over queries and keys is one over keys, for
-each of the c_q queries it reaches.
+"""Convolved scores as products. Before the softmax all is linear in the scores, so a kernel over queries and keys is
+one over keys alone, for each of the c_q queries it reaches:
 
     sum_a sum_b theta[a, b] q_{i-a}.k_{j+b} = sum_a q_{i-a}.f^a_j,    f^a_j = sum_b theta[a, b] k_{j+b}
 

@@ -13,8 +13,7 @@ query looked back to.
 import triton
 import triton.language as tl
 
-from headwise.swap.kernels.sigmoid_portable import product, put
-from headwise.swap.kernels.sigmoid_portable import rows as rows_of
+from headwise.swap.kernels.sigmoid_portable import product
 
 VARYING = ("rows", "first", "keys", "shift", "lanes_before", "out_rows")
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -51,102 +50,81 @@ def scores(S, BAND, lane, there, row, rows, start, width, position, seen, s_band
     return x
 
 
+@triton.jit
+def mixed(S, BAND, VALID, mix, lane, there, row, rows, start, stop, width, position, s_band, scale,
+          HAS_VALID: tl.constexpr, E: tl.constexpr, CP: tl.constexpr, BN: tl.constexpr):  # fmt: skip
+    """s of one row of a group's heads, in base 2, NEG where not seen."""
+    seen = visible(start + tl.arange(0, BN), stop, VALID, HAS_VALID)
+    x = scores(S, BAND, lane, there, row, rows, start, width, position, seen, s_band, scale, E, BN)
+    if CP > 1:
+        x = product(mix, x, True)
+    return tl.where(seen[None, :], x * LOG2E, NEG)
+
+
+@triton.jit
+def log_sum(m, total):
+    """Of running maxima and sums of a tile's places; 0 of a row that sees nothing, whose weights are 0."""
+    top = tl.max(m, 1)
+    whole = tl.sum(total * tl.exp2(m - top[:, None]), 1)
+    return tl.where(whole > 0, top + tl.log2(tl.maximum(whole, 1e-37)), 0.0)
+
+
 @triton.jit(do_not_specialize=VARYING)
 def weigh(S, BAND, VALID, MIX, LSE, A, s_band, s_lse, rows, first, keys, width, shift, scale, groups: tl.constexpr,
-          CAUSAL: tl.constexpr, HAS_VALID: tl.constexpr, AGAIN: tl.constexpr, E: tl.constexpr, C: tl.constexpr,
-          CP: tl.constexpr, BN: tl.constexpr):  # fmt: skip
-    """One row of a group of heads: weights, and their log-sum-exp (base 2), which with AGAIN is given."""
+          CAUSAL: tl.constexpr, HAS_VALID: tl.constexpr, AGAIN: tl.constexpr, WHOLE: tl.constexpr, E: tl.constexpr,
+          C: tl.constexpr, CP: tl.constexpr, BN: tl.constexpr):  # fmt: skip
+    """One row of a group of heads: weights, and their log-sum-exp (base 2), which with AGAIN is given. WHOLE: a tile
+    holds all keys, which are read once."""
     row, unit = tl.program_id(0), tl.program_id(1)
     head = tl.arange(0, CP)
     there = head < C
     lane = unit * C + head
+    at = A + ((lane.to(tl.int64) * rows + row) * width)[:, None]
     lse_at = LSE + lane.to(tl.int64) * s_lse + row
     position = first + row
     stop = keys
     if CAUSAL:
         stop = tl.minimum(keys, position + 1)
     VALID += ((unit + shift) // groups).to(tl.int64) * keys
+    mix = lane
     if CP > 1:
         to, source = tl.arange(0, CP)[:, None], tl.arange(0, CP)[None, :]
         mix_at = MIX + ((unit + shift) % groups) * C * C + to * C + source
         mix = tl.load(mix_at, mask=(to < C) & (source < C), other=0.0).to(tl.float32)
+    if WHOLE:
+        x = mixed(S, BAND, VALID, mix, lane, there, row, rows, 0, stop, width, position, s_band, scale, HAS_VALID, E,
+                  CP, BN)  # fmt: skip
     if AGAIN:
         lse = tl.load(lse_at, mask=there, other=0.0)
     else:
         # Every place of a tile has a sum of its own, so that places wait for each other once and not in every tile.
         m = tl.full((CP, BN), -1e20, tl.float32)
         total = tl.zeros((CP, BN), tl.float32)
-        for start in range(0, stop, BN):
-            seen = visible(start + tl.arange(0, BN), stop, VALID, HAS_VALID)
-            x = scores(S, BAND, lane, there, row, rows, start, width, position, seen, s_band, scale, E, BN)
-            if CP > 1:
-                x = product(mix, x, True)
-            x = tl.where(seen[None, :], x * LOG2E, NEG)
-            new = tl.maximum(m, x)
-            total = total * tl.exp2(m - new) + tl.exp2(x - new)
-            m = new
-        top = tl.max(m, 1)
-        whole = tl.sum(total * tl.exp2(m - top[:, None]), 1)
-        lse = tl.where(whole > 0, top + tl.log2(tl.maximum(whole, 1e-37)), 0.0)
+        if WHOLE:
+            m = tl.maximum(m, tl.max(x, 1)[:, None])
+            total = tl.exp2(x - m)
+        else:
+            for start in range(0, stop, BN):
+                x = mixed(S, BAND, VALID, mix, lane, there, row, rows, start, stop, width, position, s_band, scale,
+                          HAS_VALID, E, CP, BN)  # fmt: skip
+                new = tl.maximum(m, x)
+                total = total * tl.exp2(m - new) + tl.exp2(x - new)
+                m = new
+        lse = log_sum(m, total)
         tl.store(lse_at, lse, mask=there)
-    at = (lane.to(tl.int64) * rows + row) * width
     for start in range(0, width, BN):
-        column = start + tl.arange(0, BN)
-        seen = visible(column, stop, VALID, HAS_VALID)
-        x = scores(S, BAND, lane, there, row, rows, start, width, position, seen, s_band, scale, E, BN)
-        if CP > 1:
-            x = product(mix, x, True)
-        p = tl.where(seen[None, :], tl.exp2(x * LOG2E - lse[:, None]), 0.0)
-        tl.store(A + at[:, None] + column[None, :], p.to(A.dtype.element_ty),
-                 mask=there[:, None] & (column < width)[None, :])  # fmt: skip
-
-
-@triton.jit(do_not_specialize=VARYING)
-def attend(S, BAND, VALID, V, LSE, OUT, s_band, s_lse, s_v, s_out, rows, first, keys, width, shift, scale,
-           groups: tl.constexpr, CAUSAL: tl.constexpr, HAS_VALID: tl.constexpr, EXACT: tl.constexpr, E: tl.constexpr,
-           DV: tl.constexpr, DVP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):  # fmt: skip
-    """Rows of a lane whose weights nothing else happens to: the output, without the weights on the way."""
-    lane = tl.program_id(1)
-    row = (tl.num_programs(0) - 1 - tl.program_id(0)) * BM + tl.arange(0, BM)
-    there = row < rows
-    position = first + row
-    last = keys
-    if CAUSAL:
-        last = tl.minimum(keys, tl.max(tl.where(there, position, 0)) + 1)
-    S += lane.to(tl.int64) * rows * width
-    BAND += lane.to(tl.int64) * s_band
-    V += lane.to(tl.int64) * s_v
-    VALID += ((lane + shift) // groups).to(tl.int64) * keys
-    m = tl.full((BM,), -1e20, tl.float32)
-    total = tl.zeros((BM,), tl.float32)
-    acc = tl.zeros((BM, DVP), tl.float32)
-    for start in range(0, last, BN):
-        column = start + tl.arange(0, BN)
-        x = tl.load(S + row.to(tl.int64)[:, None] * width + column[None, :], mask=there[:, None], other=0.0) * scale
-        v = rows_of(V, column, width, DV, DV, DVP)
-        seen = visible(column, keys, VALID, HAS_VALID)[None, :]
-        if CAUSAL:
-            seen = seen & (column[None, :] <= position[:, None])
-        if E > 0 and start + BN > tl.min(position) - E:
-            gap = position[:, None] - column[None, :]
-            near = there[:, None] & seen & (gap < E)
-            x -= tl.load(BAND + row.to(tl.int64)[:, None] * E + gap, mask=near, other=0.0)
-        x = tl.where(seen, x * LOG2E, NEG)
-        new = tl.maximum(m, tl.max(x, 1))
-        p = tl.exp2(x - new[:, None])
-        shrink = tl.exp2(m - new)
-        total = total * shrink + tl.sum(p, 1)
-        acc = acc * shrink[:, None] + product(p.to(v.dtype), v, EXACT)
-        m = new
-    put(OUT + lane.to(tl.int64) * s_out, acc / tl.maximum(total, 1e-37)[:, None], row, rows, DV, DV, DVP)
-    lse = tl.where(total > 0, m + tl.log2(tl.maximum(total, 1e-37)), 0.0)
-    tl.store(LSE + lane.to(tl.int64) * s_lse + row, lse, mask=there)
+        column = start + tl.arange(0, BN)[None, :]
+        if not WHOLE:
+            x = mixed(S, BAND, VALID, mix, lane, there, row, rows, start, stop, width, position, s_band, scale,
+                      HAS_VALID, E, CP, BN)  # fmt: skip
+        p = tl.exp2(x - lse[:, None]).to(A.dtype.element_ty)
+        tl.store(at + column, p, mask=there[:, None] & (column < width))
 
 
 @triton.jit(do_not_specialize=VARYING)
 def weigh_back(S, BAND, VALID, MIX, A, DA, DBAND, DMIX, s_band, rows, first, keys, width, shift, scale,
                groups: tl.constexpr, CAUSAL: tl.constexpr, HAS_VALID: tl.constexpr, EXACT: tl.constexpr,
-               E: tl.constexpr, C: tl.constexpr, CP: tl.constexpr, BN: tl.constexpr):  # fmt: skip
+               WHOLE: tl.constexpr, E: tl.constexpr, C: tl.constexpr, CP: tl.constexpr, BN: tl.constexpr):  # fmt: skip
     """One row of a group of heads: the gradient of scores in the place of that of weights (DA), that of the diagonals
     taken off, and this row's part of that of the mixing. Of A, 0 stands where a key is not seen."""
     row, unit = tl.program_id(0), tl.program_id(1)
@@ -164,13 +142,21 @@ def weigh_back(S, BAND, VALID, MIX, A, DA, DBAND, DMIX, s_band, rows, first, key
         mix_at = MIX + ((unit + shift) % groups) * C * C + source * C + to
         back = tl.load(mix_at, mask=(to < C) & (source < C), other=0.0).to(tl.float32)
         dmix = tl.zeros((CP, CP), tl.float32)
-    delta = tl.zeros((CP,), tl.float32)
-    for start in range(0, stop, BN):
-        column = start + tl.arange(0, BN)
-        delta += tl.sum(across(A, at, there, column, width) * across(DA, at, there, column, width), 1)
+    if WHOLE:
+        a = across(A, at, there, tl.arange(0, BN), width)
+        da = across(DA, at, there, tl.arange(0, BN), width)
+        delta = tl.sum(a * da, 1)
+    else:
+        delta = tl.zeros((CP,), tl.float32)
+        for start in range(0, stop, BN):
+            column = start + tl.arange(0, BN)
+            delta += tl.sum(across(A, at, there, column, width) * across(DA, at, there, column, width), 1)
     for start in range(0, width, BN):
         column = start + tl.arange(0, BN)
-        ds = across(A, at, there, column, width) * (across(DA, at, there, column, width) - delta[:, None])
+        if not WHOLE:
+            a = across(A, at, there, column, width)
+            da = across(DA, at, there, column, width)
+        ds = a * (da - delta[:, None])
         if CP > 1:
             seen = visible(column, stop, VALID, HAS_VALID)
             x = scores(S, BAND, lane, there, row, rows, start, width, position, seen, s_band, scale, E, BN)
@@ -189,51 +175,47 @@ def weigh_back(S, BAND, VALID, MIX, A, DA, DBAND, DMIX, s_band, rows, first, key
 
 
 @triton.jit
-def tile(X, row, start, rows, width, position, VALID, keys, CAUSAL: tl.constexpr, HAS_VALID: tl.constexpr,
-         MASK: tl.constexpr, N: tl.constexpr):  # fmt: skip
-    """Rows of weights from a column on, 0 outside, and with MASK where a query doesn't see a key."""
-    column = start + tl.arange(0, N)
+def tile(X, first_row, start, rows, width, VALID, first, keys, CAUSAL: tl.constexpr, HAS_VALID: tl.constexpr,
+         MASK: tl.constexpr, M: tl.constexpr, N: tl.constexpr):  # fmt: skip
+    """M rows of weights and N columns, 0 outside, and with MASK where a query doesn't see a key. `first`: the position
+    of row 0."""
+    row, column = first_row + tl.arange(0, M), start + tl.arange(0, N)
     mask = ((row >= 0) & (row < rows))[:, None] & ((column >= 0) & (column < width))[None, :]
     x = tl.load(X + row.to(tl.int64)[:, None] * width + column[None, :], mask=mask, other=0.0)
-    if MASK:
-        seen = visible(column, keys, VALID, HAS_VALID)[None, :]
-        if CAUSAL:
-            seen = seen & (column[None, :] <= position[:, None])
-        x = tl.where(seen, x, 0.0)
+    if MASK and HAS_VALID:
+        x = tl.where(visible(column, keys, VALID, HAS_VALID)[None, :], x, 0.0)
+    # Padded keys have weights of 0, and values of 0.
+    if MASK and CAUSAL and start + N > first + first_row:
+        x = tl.where(column[None, :] <= (first + row)[:, None], x, 0.0)
     return x
 
 
 @triton.jit(do_not_specialize=VARYING)
 def slide(X, T, VALID, OUT, rows, first, keys, width, shift, lanes_before, out_rows, heads: tl.constexpr,
           CAUSAL: tl.constexpr, HAS_VALID: tl.constexpr, BACK: tl.constexpr, EXACT: tl.constexpr, C_Q: tl.constexpr,
-          SIDE: tl.constexpr, WIDE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TILES: tl.constexpr):  # fmt: skip
+          SIDE: tl.constexpr, WIDE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):  # fmt: skip
     """The convolution of rows X: the output's first row stands beside X's row `shift`. With BACK from a' to a. `first`:
     the position of the first row of a', which is masked. lanes_before: those of other blocks."""
     lane = tl.program_id(2)
-    row = tl.program_id(1) * BM + tl.arange(0, BM)
+    begin, start = tl.program_id(1) * BM, tl.program_id(0) * BN
     X += lane.to(tl.int64) * rows * width
     T += ((lane + lanes_before) % heads).to(tl.int64) * C_Q * WIDE * BN
     VALID += ((lane + lanes_before) // heads).to(tl.int64) * keys
     near = tl.arange(0, WIDE)[:, None] * BN + tl.arange(0, BN)[None, :]
-    taps = ()
+    acc = tl.zeros((BM, BN), tl.float32)
     for a in tl.static_range(C_Q):
-        taps = taps + (tl.load(T + a * WIDE * BN + near),)
-    begin = tl.program_id(0) * TILES * BN
-    for start in range(begin, tl.minimum(begin + TILES * BN, width), BN):
-        acc = tl.zeros((BM, BN), tl.float32)
-        for a in tl.static_range(C_Q):
-            # The kernel's last row is the query itself.
-            source = row + shift + ((C_Q - 1 - a) if BACK else (a - (C_Q - 1)))
-            x = tile(X, source, start - SIDE, rows, width, first + source, VALID, keys, CAUSAL, HAS_VALID, BACK, WIDE)
-            acc += product(x, taps[a], EXACT)
-        column = start + tl.arange(0, BN)
-        if not BACK:
-            seen = visible(column, keys, VALID, HAS_VALID)[None, :]
-            if CAUSAL:
-                seen = seen & (column[None, :] <= (first + row)[:, None])
-            acc = tl.where(seen, acc, 0.0)
-        to = OUT + lane.to(tl.int64) * out_rows * width + row.to(tl.int64)[:, None] * width + column[None, :]
-        tl.store(to, acc.to(OUT.dtype.element_ty), mask=(row < out_rows)[:, None] & (column < width)[None, :])
+        # The kernel's last row is the query itself.
+        source = begin + shift + ((C_Q - 1 - a) if BACK else (a - (C_Q - 1)))
+        x = tile(X, source, start - SIDE, rows, width, VALID, first, keys, CAUSAL, HAS_VALID, BACK, BM, WIDE)
+        acc += product(x, tl.load(T + a * WIDE * BN + near), EXACT)
+    row, column = begin + tl.arange(0, BM), start + tl.arange(0, BN)
+    if not BACK:
+        seen = visible(column, keys, VALID, HAS_VALID)[None, :]
+        if CAUSAL:
+            seen = seen & (column[None, :] <= (first + row)[:, None])
+        acc = tl.where(seen, acc, 0.0)
+    to = OUT + lane.to(tl.int64) * out_rows * width + row.to(tl.int64)[:, None] * width + column[None, :]
+    tl.store(to, acc.to(OUT.dtype.element_ty), mask=(row < out_rows)[:, None] & (column < width)[None, :])
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -242,18 +224,18 @@ def slide_taps(X, DY, VALID, DT, rows, first, keys, width, shift, lanes_before, 
                SIDE: tl.constexpr, WIDE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):  # fmt: skip
     """The gradient of one of `slide`'s matrices, from BM rows of the output and their gradient DY."""
     a, lane = tl.program_id(0), tl.program_id(2)
-    row = tl.program_id(1) * BM + tl.arange(0, BM)
+    begin = tl.program_id(1) * BM
     X += lane.to(tl.int64) * rows * width
     DY += lane.to(tl.int64) * out_rows * width
     VALID += ((lane + lanes_before) // heads).to(tl.int64) * keys
-    source = row + shift + a - (C_Q - 1)
+    source = begin + shift + a - (C_Q - 1)
     stop = width
     if CAUSAL:
-        stop = tl.minimum(width, first + (tl.program_id(1) + 1) * BM)
+        stop = tl.minimum(width, first + begin + BM)
     acc = tl.zeros((WIDE, BN), tl.float32)
     for start in range(0, stop, BN):
-        x = tile(X, source, start - SIDE, rows, width, source, VALID, keys, CAUSAL, HAS_VALID, False, WIDE)
-        dy = tile(DY, row, start, out_rows, width, first + row, VALID, keys, CAUSAL, HAS_VALID, True, BN)
+        x = tile(X, source, start - SIDE, rows, width, VALID, 0, keys, CAUSAL, HAS_VALID, False, BM, WIDE)
+        dy = tile(DY, begin, start, out_rows, width, VALID, first, keys, CAUSAL, HAS_VALID, True, BM, BN)
         acc += product(tl.trans(x), dy, EXACT)
     at = (lane * tl.num_programs(1) + tl.program_id(1)).to(tl.int64) * C_Q + a
     near = tl.arange(0, WIDE)[:, None] * BN + tl.arange(0, BN)[None, :]
