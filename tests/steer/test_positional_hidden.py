@@ -132,6 +132,31 @@ def test_every_generated_token_asks_with_a_scaled_query(make: Callable[[], Opene
     assert torch.equal(found, ids)
 
 
+@pytest.mark.parametrize("cache", [None, "static"])
+@pytest.mark.parametrize("change", [{}, {"skip_first": 3}, {"change_value": True}])
+@pytest.mark.parametrize("make", [llama, qwen, gpt2])
+def test_beams_of_a_padded_batch_score_what_whole_forwards_do(
+    make: Callable[[], Opened], change: dict, cache: str | None
+) -> None:
+    opened, steps, pads = make(), 4, (2, 0)
+    opened.model.double()
+    ids = torch.stack([torch.cat([torch.zeros(2, dtype=torch.long), IDS[0, :7]]), IDS[0, 3:]])
+    mask = torch.tensor([[0] * 2 + [1] * 7, [1] * 9])
+    asked = {"attention_mask": mask, "max_new_tokens": steps, "num_beams": 3, "num_return_sequences": 2}
+    asked |= {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "cache_implementation": cache}
+    asked |= {"output_scores": True, "return_dict_in_generate": True}
+    with steer.apply(opened, PositionalHiddenScaling(CHANNEL, -1.0, (0, 1), **change)):
+        found = opened.model.generate(ids, **asked)
+    for n, sequence in enumerate(found.sequences):
+        text, total = sequence[pads[n // 2] :][None], 0.0
+        for step in range(steps, 0, -1):
+            rows = steps - step + 1
+            with steer.apply(opened, PositionalHiddenScaling(CHANNEL, -1.0, (0, 1), last_rows=rows, **change)):
+                total += float(logits(opened, text[:, :-step])[0, -1].log_softmax(-1)[text[0, -step]])
+        assert float(found.sequences_scores[n]) == pytest.approx(total / steps, abs=1e-4)
+    assert not torch.equal(opened.model.generate(ids, **asked).sequences, found.sequences)
+
+
 @pytest.mark.parametrize("left", [True, False])
 def test_the_last_row_is_the_last_token_of_each_sample(left: bool) -> None:
     opened = llama()

@@ -43,7 +43,8 @@ _plain: WeakKeyDictionary[nn.Module, tuple[Tensor, Tensor, Tensor] | None] = Wea
 class PositionalHiddenScaling(Method):
     """Scales `channel` by `factor` (the paper's best are 0 and -1) in layers `layers` (first and last; None: 10 to 25
     of 32, at the model's depth), for the last `last_rows` queries of each sample: those of the answer plus one, where
-    an answer is scored. Tokens before position `skip_first` are not scaled. `change_value` scales the values too."""
+    an answer is scored. Tokens before position `skip_first`, as the model is told positions, are not scaled.
+    `change_value` scales the values too."""
 
     channel: int
     factor: float = 0.0
@@ -102,15 +103,23 @@ class PositionalHiddenScaling(Method):
 
     @contextmanager
     def hooks(self, opened: Opened) -> Iterator[None]:
+        place: list[Tensor | None] = [None]
+
+        def placed(model: nn.Module, args: tuple, kwargs: dict) -> None:
+            given = kwargs.get("position_ids")
+            place[0] = given if given is not None and given.ndim == 2 else None
+
         with ExitStack() as stack:
+            if not self.neutral:
+                stack.callback(opened.model.register_forward_pre_hook(placed, with_kwargs=True).remove)
             for site in () if self.neutral else self.sites(opened):
-                for handle in self.hooked(site):
+                for handle in self.hooked(site, place):
                     stack.callback(handle.remove)
             yield
 
-    def hooked(self, site: Site) -> Iterator[Any]:
+    def hooked(self, site: Site, place: list[Tensor | None]) -> Iterator[Any]:
         """Hooks of one layer: its projections read the scaled states, except when it is asked what it would do
-        otherwise."""
+        otherwise. `place` holds the positions of the tokens, where the model was given any."""
         asking = False
         past = 0
 
@@ -127,8 +136,10 @@ class PositionalHiddenScaling(Method):
                     asking = False
 
         def scaled(x: Tensor) -> Tensor:
-            factors = x.new_ones(x.shape[-2], x.shape[-1])
-            factors[max(0, self.skip_first - past) :, self.channel] = self.factor
+            at = place[0]
+            at = past + torch.arange(x.shape[-2], device=x.device) if at is None else at.to(x.device)
+            factors = x.new_ones(*at.shape, x.shape[-1])
+            factors[..., self.channel] = torch.where(at < self.skip_first, x.new_ones(()), self.factor)
             return x * factors
 
         def reading(module: nn.Module, args: tuple) -> tuple | None:
