@@ -9,11 +9,12 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import cache
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -97,6 +98,7 @@ class Session:
             for module in self.names:
                 if module in _sessions:
                     raise HeadwiseError("This model is part of a larger one that is under attend: attend to that one.")
+            stack.enter_context(uncompiled(self.model))
             for module in self.names:
                 _sessions[module] = self
                 stack.callback(_sessions.pop, module, None)
@@ -218,6 +220,16 @@ class Session:
         """After a run came or went: something else is wanted now."""
         self.steps.clear()
         self.planner.made.clear()
+
+
+def uncompiled(model: nn.Module) -> AbstractContextManager[Any]:
+    """Compiled code runs as it was written: it would go past us, and what we do can't be compiled. On a GPU generate()
+    compiles by itself where the cache is static. Loading the compiler takes seconds, so a model on a CPU is left in
+    peace where nothing was compiled before."""
+    on_cpu = all(parameter.device.type == "cpu" for parameter in model.parameters())
+    if on_cpu and "torch._dynamo" not in sys.modules:
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")
 
 
 def entrance(module: nn.Module) -> str:
