@@ -40,3 +40,8 @@ def test_mistakes_are_told_in_a_sentence(headwise_cli, tmp_path):
         answer = headwise_cli("swap", "bench", *asked)
         assert answer.code == 2
         assert said in answer.err
+
+
+def test_a_bench_of_which_nothing_was_trained_has_failed(headwise_cli):
+    answer = headwise_cli("swap", "bench", "--mechanisms", "attention", *SMALL[:-4], "--dim", 16, "--lr", "1e30")
+    assert answer.code == 1

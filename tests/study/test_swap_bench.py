@@ -234,6 +234,20 @@ def test_curves_are_drawn(tmp_path):
         (dict(dim=40), r"dim: a multiple of 16.*dim=40"),
         (dict(device="abacus"), r"device: 'abacus' can't be used"),
         (dict(steps=0), r"steps=0"),
+        (dict(lr=float("nan")), r"lr: a positive number; got nan"),
+        (dict(mechanisms=","), r"mechanisms: names, or all; got none"),
+        (dict(mechanisms="attention:qk_norm=maybe"), r"qk_norm wants bool in 'attention:qk_norm=maybe'; got 'maybe'"),
+        (dict(mechanisms="nexus_attention:order=1.5"), r"order wants int in .*; got 1.5"),
+        (dict(mechanisms="multi_token_attention:depth=NaN"), r"depth wants .*; got nan"),
+        (dict(mechanisms="attention:head_dim=-3"), r"Attention: head_dim must be at least 1; got -3"),
+        (dict(mechanisms="attention:value_dim=0"), r"Attention: value_dim must be at least 1; got 0"),
+        (dict(mechanisms="attention:score=near"), r"Attention: score wants a Score; got 'near'"),
+        (dict(mechanisms="sigmoid_attention:b=null"), r"b is a number, 'auto' or 'match'; got None"),
+        (
+            dict(mechanisms="dual_attention:symbols=3", dim=32),
+            r"symbols one of symbolic, position, relative or a module",
+        ),
+        (dict(mechanisms="positional_attention:length=-1"), r"'positional_attention:length=-1' can't be made"),
     ],
 )
 def test_mistakes_are_refused_by_name(asked, said):
@@ -241,8 +255,9 @@ def test_mistakes_are_refused_by_name(asked, said):
         bench(**{"mechanisms": "attention", "tasks": "copy", **TINY, **asked})
 
 
-def test_a_file_of_something_else_is_refused(tmp_path):
-    (tmp_path / "other.json").write_text("[]")
+@pytest.mark.parametrize("text", ["[]", "words", '{"setup": {}, "runs": [{}]}', '{"setup": [], "runs": []}'])
+def test_a_file_of_something_else_is_refused(tmp_path, text):
+    (tmp_path / "other.json").write_text(text)
     with pytest.raises(HeadwiseError, match=r"holds no results of the swap bench"):
         bench("attention", "copy", out=tmp_path / "other.json", resume=True, **TINY)
 

@@ -78,12 +78,15 @@ def run_bench(
     if plot_file is not None:
         plot(runs, plot_file, command_line())
     if as_json:
-        return print_json(plain_rows(found))
-    for task, group in found.groupby("task", sort=False):
-        _print(str(task), group)
-    out.print("Times and memory are of one training step. gain: against softmax attention, above 0 is better.")
-    for path in filter(None, (out_file, plot_file)):
-        out.print(f"wrote {path}", markup=False, highlight=False, soft_wrap=True)
+        print_json(plain_rows(found))
+    else:
+        for task, group in found.groupby("task", sort=False):
+            _print(str(task), group)
+        out.print("Times and memory are of one training step. gain: against softmax attention, above 0 is better.")
+        for path in filter(None, (out_file, plot_file)):
+            out.print(f"wrote {path}", markup=False, highlight=False, soft_wrap=True)
+    if runs["quality"].isna().all():
+        raise typer.Exit(1)
 
 
 def _print(task: str, group: pd.DataFrame) -> None:

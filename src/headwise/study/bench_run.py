@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 from statistics import median
@@ -44,8 +45,10 @@ class Setup:
                 f"dim: a multiple of {HEAD_DIM}, with at least one layer; got dim={self.dim}, layers={self.layers}."
             )
         Recipe(self.steps, self.lr)  # refuses what nothing can be trained with
+        if not math.isfinite(self.lr):
+            raise HeadwiseError(f"lr: a positive number; got {self.lr}.")
         try:
-            torch.empty(0, device=self.device)
+            torch.zeros(1, device=self.device).item()
         except (RuntimeError, AssertionError) as error:
             raise HeadwiseError(f"device: {self.device!r} can't be used here: {error}") from None
 

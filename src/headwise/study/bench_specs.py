@@ -8,7 +8,9 @@ attention:normaliser=Entmax(2.0)           a part, by its class in `headwise.swa
 from __future__ import annotations
 
 import ast
+import inspect
 import json
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,6 +27,7 @@ SMALL = {"dual_attention": "symbols=relative", "fixed_head_attention": "head_dim
 """Settings under "all" where the defaults are made for larger models: they alone would have more parameters than the
 bench's models, or keep more tokens than a task has."""
 PARTS = {"score": swap.Score, "normaliser": swap.Normaliser, "position": swap.Position}
+NUMBERS: dict[str, Any] = {"bool": bool, "int": int, "float": int | float}
 Wanted = str | type[swap.Mechanism]
 
 
@@ -54,10 +57,32 @@ class Spec:
         for key, value in own.items():
             if key in PARTS and isinstance(value, torch.nn.Module) and not isinstance(value, PARTS[key]):
                 raise HeadwiseError(f"mechanisms: {type(value).__name__} is no {key} in {self.label!r}.")
+            wanted = numbers_of(self.kind).get(key)
+            if wanted and not any(is_number(value, kind) for kind in wanted):
+                raise HeadwiseError(f"mechanisms: {key} wants {' or '.join(wanted)} in {self.label!r}; got {value!r}.")
         try:
             return self.kind(dim, heads, causal=causal, **own)
-        except TypeError as error:
+        except HeadwiseError:
+            raise
+        except (TypeError, ValueError, RuntimeError, LookupError, ArithmeticError) as error:
             raise HeadwiseError(f"mechanisms: {self.label!r} can't be made: {error}.") from None
+
+
+def numbers_of(kind: type[swap.Mechanism]) -> dict[str, list[str]]:
+    """The settings that are numbers or yes or no, and which of these they are."""
+    found: dict[str, list[str]] = {}
+    for cls in (cls for cls in reversed(kind.__mro__) if "__init__" in vars(cls) and issubclass(cls, swap.Mechanism)):
+        for name, parameter in inspect.signature(cls.__init__).parameters.items():
+            parts = str(parameter.annotation).split(" | ")
+            if set(parts) <= {*NUMBERS, "None"}:
+                found[name] = parts
+    return found
+
+
+def is_number(value: Any, kind: str) -> bool:
+    if kind == "None":
+        return value is None
+    return isinstance(value, NUMBERS[kind]) and isinstance(value, bool) == (kind == "bool") and abs(value) < math.inf
 
 
 def specs_of(mechanisms: str | Sequence[Wanted]) -> list[Spec]:
@@ -67,6 +92,8 @@ def specs_of(mechanisms: str | Sequence[Wanted]) -> list[Spec]:
         mechanisms = [f"{name}:{SMALL[name]}" if name in SMALL else name for name in swap.MECHANISMS]
     elif isinstance(mechanisms, str):
         mechanisms = split(mechanisms, ",")
+    if not mechanisms:
+        raise HeadwiseError("mechanisms: names, or all; got none.")
     specs = {spec.label: spec for spec in map(Spec.of, [BASELINE, *mechanisms])}
     return list(specs.values())
 

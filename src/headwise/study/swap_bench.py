@@ -149,8 +149,8 @@ def begin(out: str | Path | None, resume: bool, setup: Setup) -> list[dict[str, 
 def read(path: str | Path) -> dict[str, Any]:
     try:
         stored = json.loads(Path(path).read_text(encoding="utf-8"))
-        stored["setup"], stored["runs"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        stored["setup"].keys(), [row[name] for row in stored["runs"] for name in ("mechanism", "task", "seed", "note")]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise HeadwiseError(f"{path} holds no results of the swap bench: {error!r}.") from None
     return stored
 

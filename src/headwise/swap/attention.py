@@ -81,6 +81,8 @@ class Attention(Mechanism):
         ):  # fmt: skip
             if not isinstance(part, kind | None):
                 raise HeadwiseError(f"{type(self).__name__}: {name} wants a {kind.__name__}; got {part!r}.")
+        if value_dim is not None and value_dim < 1:
+            raise HeadwiseError(f"{type(self).__name__}: value_dim must be at least 1; got {value_dim}.")
         self.value_dim = value_dim or self.head_dim
         self.scale = self.head_dim**-0.5
         self.q_proj = nn.Linear(dim, self.heads * self.head_dim, bias)

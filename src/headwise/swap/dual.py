@@ -98,7 +98,7 @@ class DualAttention(Attention):
                 f"DualAttention: share_qk wants equally many heads of both kinds; got {self.sensory}, "
                 f"{self.relational}."
             )
-        if act not in ACTS or (isinstance(symbols, str) and symbols not in SYMBOLS):
+        if act not in ACTS or not (isinstance(symbols, Symbols) or symbols in SYMBOLS):
             raise HeadwiseError(
                 f"DualAttention: act is one of {', '.join(ACTS)}, symbols one of {', '.join(SYMBOLS)} or a module; got "
                 f"{act!r}, {symbols!r}."

@@ -50,6 +50,8 @@ class Mechanism(nn.Module):
                 f"{name}: wanted positive numbers, heads a multiple of kv_heads; got dim={dim}, heads={heads}, "
                 f"kv_heads={kv_heads}."
             )
+        if head_dim is not None and head_dim < 1:
+            raise HeadwiseError(f"{name}: head_dim must be at least 1; got {head_dim}.")
         if head_dim is None and dim % heads:
             raise HeadwiseError(f"{name}: dim {dim} is no multiple of {heads} heads: give head_dim.")
         if causal and not self.causal_too:

@@ -49,7 +49,7 @@ class SigmoidAttention(Attention):
             normaliser=Sigmoid(b, temperature, divide), **parts,
         )  # fmt: skip
         self.out_norm: nn.Module = nn.RMSNorm(dim, eps=1e-6) if out_norm else nn.Identity()
-        self.layer_scale = None if layer_scale is None else nn.Parameter(torch.full((dim,), layer_scale))
+        self.layer_scale = None if layer_scale is None else nn.Parameter(torch.full((dim,), float(layer_scale)))
 
     def combine(self, z: Heads, x: Float[Tensor, "batch query dim"]) -> Float[Tensor, "batch query dim"]:
         y = self.out_norm(super().combine(z, x))

@@ -34,7 +34,7 @@ class Sigmoid(Normaliser):
         divide: Literal["count", "sqrt"] | None = None,
     ):
         super().__init__()
-        if isinstance(b, str) and b not in ("auto", "match"):
+        if b not in ("auto", "match") and not (isinstance(b, int | float) and not math.isnan(b)):
             raise HeadwiseError(f"Sigmoid: b is a number, 'auto' or 'match'; got {b!r}.")
         if divide not in (None, "count", "sqrt"):
             raise HeadwiseError(f"Sigmoid: divide is None, 'count' or 'sqrt'; got {divide!r}.")
