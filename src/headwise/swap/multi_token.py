@@ -189,6 +189,7 @@ class MultiTokenForm(Form):
         return (
             fits(call)
             and call.queries * call.keys >= FUSED_PLACES
+            and call.q.dtype == call.k.dtype == call.v.dtype
             and not self.past
             and self.module.score.plain
             and self.module.normaliser.softmax
@@ -209,7 +210,7 @@ class MultiTokenForm(Form):
         if self.keeps and halo:
             with torch.no_grad():
                 self.rows(call, call.queries - 1, call.queries, halo)
-        with torch.cuda.device(call.q.device):
+        with torch.cuda.device(call.q.device), torch.autocast("cuda", enabled=False):
             return multi_token_attention(
                 call.q, call.k, call.v, call.scale, *own, call.mask.right == 0, call.first - call.j0,
                 call.mask.key_valid,

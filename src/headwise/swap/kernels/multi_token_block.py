@@ -18,10 +18,8 @@ from torch import Tensor
 from headwise.swap.kernels.multi_token_features import STEP
 from headwise.swap.kernels.multi_token_kernels import slide, slide_taps, weigh, weigh_back
 
-PLACES = 2**27
-"""Query-key pairs of all heads in one block."""
-ROW = 2**14
-"""Up to so many keys, the row of a head that isn't mixed with others is held at once."""
+PLACES, LEAST = 2**27, 512
+"""Query-key pairs of all heads in one block, but at least so many rows of a group."""
 SIDE, WIDE, BM, BN = 16, 64, 64, 32
 """The convolution makes BN keys of BM rows from WIDE keys, SIDE of them before the first."""
 
@@ -55,9 +53,9 @@ class Given:
         self.halo = 0 if self.taps is None else self.taps.shape[1] - 1
         self.exact = self.q.dtype == torch.float32
         per_row = self.each * self.features.shape[1]
-        # What a causal block wastes on keys after its rows grows with its rows.
-        rows = max(512, self.queries // 16) if self.causal else self.queries
-        self.height = max(BM, min(rows, self.queries, PLACES // per_row) // BM * BM)
+        # What a causal block wastes on keys after its rows grows with its rows; the sums over blocks with their number.
+        rows = max(1024, self.queries // 16) if self.causal else self.queries
+        self.height = max(BM, min(self.queries, max(LEAST, min(rows, PLACES // per_row))) // BM * BM)
         self.width = max(1, PLACES // (self.height * per_row)) * self.each
 
     def tensors(self) -> Iterator[tuple[str, Tensor | None]]:
@@ -111,7 +109,7 @@ class Block:
             # A product a row: one of all rows would be a sum of millions of terms, by one processor.
             d_rows, rows = (x.unflatten(0, (-1, given.each)).transpose(1, 2) for x in (d, self.slid))
             found = exact(d_rows.flatten(0, 1), rows.flatten(0, 1).mT).unflatten(0, (-1, self.stop - self.start))
-            grads["post"].index_add_(0, self.groups, found.sum(1))
+            add_rows(grads["post"], self.groups, found.sum(1))
             d = self.mix(self.mixing.mT, d)
         if given.taps is not None:
             self.taps_back(d, grads["taps"])
@@ -124,7 +122,7 @@ class Block:
             self.step, *self.numbers, EXACT=given.exact, **self.kinds,
         )  # fmt: skip
         if given.pre is not None:
-            grads["pre"].index_add_(0, self.groups, parts.sum(1))
+            add_rows(grads["pre"], self.groups, parts.sum(1))
         add_product(grads["features"][lanes, : self.width], d.mT, self.queries)
         dq, size = grads["q"][lanes, self.low :], given.q.shape[2]
         for a, part in enumerate((d @ self.features).split(size, 2)):
@@ -146,7 +144,7 @@ class Block:
             self.weights, d, self.valid, found, *self.slide_numbers(self.weights, rows, False), **self.slide_kinds
         )
         lane = torch.arange(self.part.start, self.part.stop, device=d.device)
-        grad.index_add_(0, lane % heads, found.sum(1))
+        add_rows(grad, lane % heads, found.sum(1))
 
     def mix(self, weight: Float[Tensor, "unit out in"], x: Matrix) -> Matrix:
         return (weight @ x.reshape(len(weight), self.given.each, -1)).view_as(x)
@@ -197,12 +195,9 @@ class Block:
     def kinds(self) -> dict[str, int | bool]:
         given = self.given
         padded = 1 if given.pre is None else max(16, triton.next_power_of_2(self.each))
-        whole = padded == 1 and self.width <= ROW
-        size = triton.next_power_of_2(self.width) if whole else 2048 // padded
         return dict(
-            groups=given.heads // self.each, CAUSAL=given.causal, HAS_VALID=given.valid is not None, WHOLE=whole,
-            E=0 if given.band is None else given.band.shape[2], C=self.each, CP=padded, BN=size,
-            num_warps=max(4, size // 1024) if whole else 4,
+            groups=given.heads // self.each, CAUSAL=given.causal, HAS_VALID=given.valid is not None,
+            E=0 if given.band is None else given.band.shape[2], C=self.each, CP=padded, BN=2048 // padded, num_warps=4,
         )  # fmt: skip
 
     def slide_numbers(self, x: Matrix, rows: int, back: bool) -> tuple[int, ...]:
@@ -231,3 +226,9 @@ def add_product(to: Matrix, x: Float[Tensor, "lane row inner"], y: Float[Tensor,
         to.baddbmm_(x, y)
     else:
         torch.baddbmm(to, x, y, out_dtype=torch.float32, out=to)
+
+
+def add_rows(to: Float[Tensor, "place *rest"], places: Int[Tensor, " row"], x: Float[Tensor, "row *rest"]) -> None:
+    """`to[places] += x`, of equal places in one order: the same result twice."""
+    chosen = torch.arange(len(to), device=to.device)[:, None] == places
+    to += (chosen.float() @ x.flatten(1)).view_as(to)

@@ -22,7 +22,7 @@ NEG = tl.constexpr(-1e30)
 
 @triton.jit
 def visible(column, stop, VALID, HAS_VALID: tl.constexpr):
-    seen = column < stop
+    seen = (column >= 0) & (column < stop)
     if HAS_VALID:
         seen = seen & (tl.load(VALID + column, mask=seen, other=0) != 0)
     return seen
@@ -71,10 +71,9 @@ def log_sum(m, total):
 
 @triton.jit(do_not_specialize=VARYING)
 def weigh(S, BAND, VALID, MIX, LSE, A, s_band, s_lse, rows, first, keys, width, shift, scale, groups: tl.constexpr,
-          CAUSAL: tl.constexpr, HAS_VALID: tl.constexpr, AGAIN: tl.constexpr, WHOLE: tl.constexpr, E: tl.constexpr,
+          CAUSAL: tl.constexpr, HAS_VALID: tl.constexpr, AGAIN: tl.constexpr, E: tl.constexpr,
           C: tl.constexpr, CP: tl.constexpr, BN: tl.constexpr):  # fmt: skip
-    """One row of a group of heads: weights, and their log-sum-exp (base 2), which with AGAIN is given. WHOLE: a tile
-    holds all keys, which are read once."""
+    """One row of a group of heads: weights, and their log-sum-exp (base 2), which with AGAIN is given."""
     row, unit = tl.program_id(0), tl.program_id(1)
     head = tl.arange(0, CP)
     there = head < C
@@ -91,32 +90,24 @@ def weigh(S, BAND, VALID, MIX, LSE, A, s_band, s_lse, rows, first, keys, width, 
         to, source = tl.arange(0, CP)[:, None], tl.arange(0, CP)[None, :]
         mix_at = MIX + ((unit + shift) % groups) * C * C + to * C + source
         mix = tl.load(mix_at, mask=(to < C) & (source < C), other=0.0).to(tl.float32)
-    if WHOLE:
-        x = mixed(S, BAND, VALID, mix, lane, there, row, rows, 0, stop, width, position, s_band, scale, HAS_VALID, E,
-                  CP, BN)  # fmt: skip
     if AGAIN:
         lse = tl.load(lse_at, mask=there, other=0.0)
     else:
         # Every place of a tile has a sum of its own, so that places wait for each other once and not in every tile.
         m = tl.full((CP, BN), -1e20, tl.float32)
         total = tl.zeros((CP, BN), tl.float32)
-        if WHOLE:
-            m = tl.maximum(m, tl.max(x, 1)[:, None])
-            total = tl.exp2(x - m)
-        else:
-            for start in range(0, stop, BN):
-                x = mixed(S, BAND, VALID, mix, lane, there, row, rows, start, stop, width, position, s_band, scale,
-                          HAS_VALID, E, CP, BN)  # fmt: skip
-                new = tl.maximum(m, x)
-                total = total * tl.exp2(m - new) + tl.exp2(x - new)
-                m = new
+        for start in range(0, stop, BN):
+            x = mixed(S, BAND, VALID, mix, lane, there, row, rows, start, stop, width, position, s_band, scale,
+                      HAS_VALID, E, CP, BN)  # fmt: skip
+            new = tl.maximum(m, x)
+            total = total * tl.exp2(m - new) + tl.exp2(x - new)
+            m = new
         lse = log_sum(m, total)
         tl.store(lse_at, lse, mask=there)
     for start in range(0, width, BN):
         column = start + tl.arange(0, BN)[None, :]
-        if not WHOLE:
-            x = mixed(S, BAND, VALID, mix, lane, there, row, rows, start, stop, width, position, s_band, scale,
-                      HAS_VALID, E, CP, BN)  # fmt: skip
+        x = mixed(S, BAND, VALID, mix, lane, there, row, rows, start, stop, width, position, s_band, scale, HAS_VALID,
+                  E, CP, BN)  # fmt: skip
         p = tl.exp2(x - lse[:, None]).to(A.dtype.element_ty)
         tl.store(at + column, p, mask=there[:, None] & (column < width))
 
@@ -124,7 +115,7 @@ def weigh(S, BAND, VALID, MIX, LSE, A, s_band, s_lse, rows, first, keys, width, 
 @triton.jit(do_not_specialize=VARYING)
 def weigh_back(S, BAND, VALID, MIX, A, DA, DBAND, DMIX, s_band, rows, first, keys, width, shift, scale,
                groups: tl.constexpr, CAUSAL: tl.constexpr, HAS_VALID: tl.constexpr, EXACT: tl.constexpr,
-               WHOLE: tl.constexpr, E: tl.constexpr, C: tl.constexpr, CP: tl.constexpr, BN: tl.constexpr):  # fmt: skip
+               E: tl.constexpr, C: tl.constexpr, CP: tl.constexpr, BN: tl.constexpr):  # fmt: skip
     """One row of a group of heads: the gradient of scores in the place of that of weights (DA), that of the diagonals
     taken off, and this row's part of that of the mixing. Of A, 0 stands where a key is not seen."""
     row, unit = tl.program_id(0), tl.program_id(1)
@@ -142,21 +133,13 @@ def weigh_back(S, BAND, VALID, MIX, A, DA, DBAND, DMIX, s_band, rows, first, key
         mix_at = MIX + ((unit + shift) % groups) * C * C + source * C + to
         back = tl.load(mix_at, mask=(to < C) & (source < C), other=0.0).to(tl.float32)
         dmix = tl.zeros((CP, CP), tl.float32)
-    if WHOLE:
-        a = across(A, at, there, tl.arange(0, BN), width)
-        da = across(DA, at, there, tl.arange(0, BN), width)
-        delta = tl.sum(a * da, 1)
-    else:
-        delta = tl.zeros((CP,), tl.float32)
-        for start in range(0, stop, BN):
-            column = start + tl.arange(0, BN)
-            delta += tl.sum(across(A, at, there, column, width) * across(DA, at, there, column, width), 1)
+    delta = tl.zeros((CP,), tl.float32)
+    for start in range(0, stop, BN):
+        column = start + tl.arange(0, BN)
+        delta += tl.sum(across(A, at, there, column, width) * across(DA, at, there, column, width), 1)
     for start in range(0, width, BN):
         column = start + tl.arange(0, BN)
-        if not WHOLE:
-            a = across(A, at, there, column, width)
-            da = across(DA, at, there, column, width)
-        ds = a * (da - delta[:, None])
+        ds = across(A, at, there, column, width) * (across(DA, at, there, column, width) - delta[:, None])
         if CP > 1:
             seen = visible(column, stop, VALID, HAS_VALID)
             x = scores(S, BAND, lane, there, row, rows, start, width, position, seen, s_band, scale, E, BN)
