@@ -29,6 +29,13 @@ ways = {
     "reweight": [steer.FoundInTheMiddle(("span", "other"), relevance=(0.0, 1.0), queries=None)],
     "gain": [steer.ScaleHeads(gain=0.5)],
     "blend": [steer.SoftInjection(torch.ones(2, 2, 16), torch.full((2, 2), 0.5))],
+    "split": [steer.SplitSoftmax("span", tau=0.5)],
+    "sinks": [steer.ACT(heads=((0, 1), (1, 0)), threshold=1e-3).prepare, steer.ACT(sinks=((1, 1, (3, 4)),))],
+    "shift": [steer.FocusDirections(torch.ones(2, 2, 16))],
+    "forced": [steer.ForceAttention((5, 9), heads=((0, 1),))],
+    "rule": [steer.PatternMask("offset:-3", heads=((1, 0),), mode="fix"), steer.PatternMask("window:9")],
+    "uniform": [steer.UniformMix(heads=((0, 0),))],
+    "recompute": [steer.PositionalHiddenScaling(5, layers=(0, 1))],
     "buckets": [steer.AttentionBuckets((1.0, 2.0))],
 }
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -37,6 +44,7 @@ with torch.inference_mode():
     opened.model(**asked)
     found = {"plain": peak()}
     for name, methods in ways.items():
+        methods = [m if isinstance(m, steer.Method) else m(opened, {"input_ids": ids}) for m in methods]
         with steer.apply(opened, *methods, segments=parts):
             opened.model(**asked)
         found[name] = peak()

@@ -282,6 +282,46 @@ def test_methods_stack_in_the_order_given(opened: Opened) -> None:
         assert torch.allclose(both, logits(opened), atol=1e-6)
 
 
+def test_the_order_of_methods_counts_within_a_kind_of_edit(opened: Opened) -> None:
+    """Two re-weightings, each by what the one before it left, written out."""
+    split = steer.SplitSoftmax("span", tau=0.5)
+    share = steer.FoundInTheMiddle(("span", "other"), relevance=(0.0, 1.0), first_layer=0, queries=None)
+
+    def splitted(a: torch.Tensor) -> torch.Tensor:
+        p, out = a[3:6].sum(), a.clone()
+        out[3:6] *= p**0.5 / p
+        rest = [0, 1, 2, 6, 7, 8, 9, 10, 11]
+        out[rest] *= (1 - p**0.5) / (1 - p)
+        return out
+
+    def shared(a: torch.Tensor) -> torch.Tensor:
+        whole, out = a[3:6].sum() + a[7:9].sum(), a.clone()
+        for place, part in zip((slice(3, 6), slice(7, 9)), share.shares, strict=True):
+            out[place] *= part * whole / a[place].sum()
+        return out
+
+    a = weights(opened)[11]
+    torch.testing.assert_close(weights(opened, split, share)[11], shared(splitted(a)), atol=1e-5, rtol=0)
+    torch.testing.assert_close(weights(opened, share, split)[11], splitted(shared(a)), atol=1e-5, rtol=0)
+    assert (shared(splitted(a)) - splitted(shared(a))).abs().max() > 1e-3
+
+
+def test_kinds_of_edits_apply_in_their_own_order_whatever_is_given_first(opened: Opened) -> None:
+    """A bias counts before the softmax, and so before a re-weighting, a gain after both."""
+    kinds = [ACTIVE[name] for name in ("FocusDirections", "TokenScale", "SplitSoftmax", "UniformMix", "ScaleHeads")]
+    found = []
+    for methods in (kinds, kinds[::-1]):
+        with steer.apply(opened, *methods, segments=PARTS):
+            found.append(logits(opened))
+    assert torch.equal(*found)
+    a = weights(opened)[11].clone()
+    a[0] *= 2.5
+    a /= a.sum()
+    p = a[3:6].sum()
+    inside = weights(opened, ACTIVE["SplitSoftmax"], ACTIVE["TokenScale"])[11, 3:6]
+    torch.testing.assert_close(inside, a[3:6] * p**0.5 / p, atol=1e-5, rtol=0)
+
+
 def test_a_pattern_of_another_model_is_refused(opened: Opened) -> None:
     other = hw.scan.heads(llama(num_hidden_layers=3), texts=["the family is here"], questions=["sinks"]).pattern(
         "sinks"
