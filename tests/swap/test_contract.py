@@ -15,6 +15,7 @@ from tests.swap.cases import CASES, DIM, HEADS, LENGTH, Case, make, tokens
 ALL = [pytest.param(name, case, id=f"{name}-{n}") for name, cases in CASES.items() for n, case in enumerate(cases)]
 CAUSAL = [p for p in ALL if swap.MECHANISMS[p.values[0]].causal_too]
 CROSS = [p for p in ALL if swap.MECHANISMS[p.values[0]].context_too]
+ROWS_APART = [p for p in CAUSAL if p.values[0] != "super_attention"]  # which mixes tokens by their places in the row
 READABLE = [p for p in ALL if p.values[1].readable]
 
 
@@ -67,6 +68,54 @@ def test_padding_does_not_change_the_tokens(name: str, case: Case):
     other[:, 9:] = 5.0
     with torch.no_grad():
         torch.testing.assert_close(layer(x, mask=mask)[:, :9], layer(other, mask=mask)[:, :9], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name,case", ROWS_APART)
+def test_a_padded_row_gives_what_its_tokens_give_alone(name: str, case: Case):
+    layer, x = make(name, case, causal=True), tokens()
+    mask = torch.ones(2, LENGTH, dtype=torch.bool)
+    mask[0, :4] = False
+    places = torch.stack([torch.arange(LENGTH) - 4, torch.arange(LENGTH)]).clamp(min=0)
+    with torch.no_grad():
+        y = layer(x, mask=mask, positions=places)
+        torch.testing.assert_close(y[:1, 4:], layer(x[:1, 4:]), rtol=0, atol=1e-8)
+        torch.testing.assert_close(y[1:], layer(x[1:]), rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("name,case", ROWS_APART)
+def test_packed_documents_are_apart(name: str, case: Case):
+    layer, x = make(name, case, causal=True), tokens()
+    of = torch.arange(LENGTH) >= 5
+    places = torch.cat([torch.arange(5), torch.arange(LENGTH - 5)])[None]
+    with torch.no_grad():
+        y = layer(x, mask=(of[:, None] == of)[None, None], positions=places)
+        apart = torch.cat([layer(x[:, :5]), layer(x[:, 5:])], 1)
+    torch.testing.assert_close(y, apart, rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("name,case", ALL)
+def test_a_row_of_padding_is_finite_with_its_gradients(name: str, case: Case):
+    layer, x = make(name, case, swap.MECHANISMS[name].causal_too), tokens().requires_grad_()
+    mask = torch.ones(2, LENGTH, dtype=torch.bool)
+    mask[0] = False
+    y = layer(x, mask=mask)
+    (grad,) = torch.autograd.grad(y.sum(), x)
+    assert y.isfinite().all()
+    assert grad.isfinite().all()
+
+
+@pytest.mark.parametrize("name,case", CAUSAL)
+def test_no_tokens(name: str, case: Case):
+    layer = make(name, case, causal=True)
+    assert layer(tokens()[:, :0]).shape == (2, 0, DIM)
+    assert layer(tokens()[:0]).shape == (0, LENGTH, DIM)
+
+
+@pytest.mark.parametrize("name,case", CROSS)
+def test_a_context_of_nothing(name: str, case: Case):
+    if name == "multi_token_attention":
+        pytest.skip("its kernels want keys")
+    assert make(name, case, causal=False)(tokens(), context=tokens()[:, :0]).isfinite().all()
 
 
 @pytest.mark.parametrize("name,case", ALL)

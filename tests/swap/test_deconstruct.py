@@ -12,6 +12,7 @@ from headwise.attention import Map, attend
 from headwise.errors import HeadwiseError
 from headwise.study.hosts import Decoder
 from headwise.study.swap_deconstruct import FIXED, conclude, deconstructing_attention, variants
+from headwise.swap.parts import Places
 from tests.models.tiny import llama
 from tests.swap.cases import DIM, HEADS, tokens
 
@@ -148,6 +149,23 @@ def test_in_a_trained_model():
             with swap.convert(model, name, layers="even"):
                 assert model(IDS).logits.isfinite().all()
         assert torch.equal(model(IDS).logits, plain)
+
+
+def test_random_vectors_in_a_trained_model_are_turned_by_its_angles():
+    """The maps are those of any input that is the vectors themselves, row by row as the host places it."""
+    model, vectors = llama(64), 20 * torch.randn(9, 32)
+    conversion = swap.convert(model, "fixed_qk_attention", layers=[0], source="random", vectors=vectors)
+    (layer,) = conversion.mechanisms.values()
+    places = torch.tensor([[0, 1, 2, 3, 4], [0, 0, 0, 1, 2]])
+    angles = model.model.rotary_emb(vectors, places)
+    inputs = vectors[places]
+    given = {"positions": Places(places, 0, angles), "mask": torch.ones(2, 5, dtype=torch.bool)}
+    plain = swap.Attention(32, 4, 2, causal=True, position=layer.position)
+    plain.load_state_dict(layer.state_dict(), strict=False)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(inputs, **given), plain(inputs, **given), rtol=0, atol=1e-5)
+        turned = plain(inputs, **{**given, "positions": Places(places)})
+        assert not torch.allclose(layer(inputs, **given), turned, atol=1e-4)
 
 
 def test_static_in_the_first_layer_of_a_trained_model_is_the_layer_itself():

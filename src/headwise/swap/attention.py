@@ -139,6 +139,8 @@ class Attention(Mechanism):
 
     def attend(self, q: Heads, k: Heads, v: Heads, mask: Mask, here: Places, j0: int = 0, **how: Any) -> Heads:
         """Every head's output. `how` changes further fields of the call."""
+        if not q.shape[2] or not k.shape[2]:  # nobody asks, or there is nothing to see
+            return q.new_zeros(*q.shape[:3], v.shape[3])
         rows = here.first, here.first + q.shape[2]
         i = torch.arange(*rows)
         bias = self.position.bias(self.heads, i, torch.arange(j0, j0 + k.shape[2]))

@@ -94,16 +94,20 @@ class FixedQKAttention(Attention):
             e: Any = x if self.given is None else self.given
             q, k, _ = super().project(e, e, here)
             return q, k, v
-        there = slice(here.first, here.first + x.shape[1])
         if isinstance(self.given, tuple):
-            q, k = (part[:, :, there] for part in self.given)
+            places = self.given[0].shape[2]
         elif self.source == "random":
-            part = self.vectors[None, there].to(x)
-            q, k, _ = super().project(part, part, Places(here.ids[:1], here.first))
+            places = len(self.vectors)
         else:
             raise HeadwiseError("FixedQKAttention(source='text') needs the FixedStream that reads the text.")
-        if q.shape[2] < x.shape[1]:
-            raise HeadwiseError(f"FixedQKAttention: the stream has no place {there.stop - 1}: make it longer.")
+        last = here.first + x.shape[1]
+        if last > places:
+            raise HeadwiseError(f"FixedQKAttention: the stream has no place {last - 1}: make it longer.")
+        if isinstance(self.given, tuple):
+            q, k = (part[0][:, here.ids].transpose(0, 1) for part in self.given)
+        else:
+            part = self.vectors[here.ids].to(x)
+            q, k, _ = super().project(part, part, here)
         return q.expand(len(x), -1, -1, -1), k.expand(len(x), -1, -1, -1), v
 
 

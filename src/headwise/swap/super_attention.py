@@ -27,7 +27,8 @@ class SuperAttention(EfficientAttention):
     """`z_i = softmax(q x_i^T / sqrt(D)) W_A x_i`, W_A [max_len, max_len] learned: 2 dim^2 + max_len^2 parameters. It
     knows places, so that inputs of a fixed length need no positions. Shorter inputs take its upper left block, longer
     ones are refused; a causal one takes the lower triangle. Tokens that no query sees (padding) are left out of it;
-    masks of single queries act after the mix.
+    masks of single queries (packed documents) act after the mix. Places count from the start of a row, padding
+    included.
 
     `share`: one matrix for all heads, or one a head. `init`: the identity with noise of 0.02 (it starts as nearly
     Efficient attention), "xavier" or "kaiming". The cache holds the mixed values beside the input. Scores and weights

@@ -61,11 +61,11 @@ class PositionSymbols(Symbols):
         super().__init__()
         self.table = nn.Parameter(torch.randn(length, dim))
 
-    def forward(self, x: Float[Tensor, "batch token dim"], places: Places) -> Float[Tensor, "one token dim"]:
+    def forward(self, x: Float[Tensor, "batch token dim"], places: Places) -> Float[Tensor, "#batch token dim"]:
         last = places.first + x.shape[1]
         if last > len(self.table):
             raise HeadwiseError(f"PositionSymbols has vectors for {len(self.table)} places; got {last} tokens.")
-        return self.table[None, places.first : last]
+        return self.table[places.ids]
 
 
 class RelativeSymbols(Symbols):
