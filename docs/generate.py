@@ -203,14 +203,16 @@ def swap_kernels(root):
     rows = []
     for name, times in (
         ("sigmoid", run["sigmoid"]["times"]), ("phase", run["phase"]["times"]), ("routed", run["routed"]),
+        ("multi-token", run["multi_token"]["times"]),
     ):  # fmt: skip
         for row in times:
             for case, ms in row["ms"].items():
                 against = [f"{ms / row['ms'][k]:.2f}" if k in row["ms"] else "" for k in ("flash", "cudnn")]
                 kind = "causal" if row["causal"] else "full"
-                what = case if name != "routed" else f"heads skipped: {case}".replace("heads skipped: cudnn", "cudnn")
+                front = {"routed": "heads skipped: ", "multi-token": "multi-token: "}.get(name, "")
+                what = case if case in ("flash", "cudnn") else front + case
                 rows.append([what, f"{row['way']}, {kind}", f"{row['tokens']:,}", f"{ms:.3f}", *against])
-    for row in run["multi_token"]:
+    for row in run["multi_token"]["layers"]:
         where = ["forward, causal", f"{row['tokens']:,}"]
         rows += [[f"layer, {case}", *where, f"{ms:.3f}", "", ""] for case, ms in row["ms"].items()]
     shown = table(["case", "way", "tokens", "ms", "times flash", "times cuDNN"], rows)
