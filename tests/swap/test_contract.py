@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from headwise import swap
 from headwise.attention import Entropy, Map, attend
@@ -141,6 +142,20 @@ def test_counts_its_parameters(name: str, case: Case):
 def test_flops_grow_with_the_length(name: str, case: Case):
     layer = make(name, case, swap.MECHANISMS[name].causal_too)
     assert 0 < layer.flops(64) < layer.flops(128)
+
+
+@pytest.mark.parametrize("name,case", ALL)
+def test_counts_its_products(name: str, case: Case):
+    """As PyTorch counts them; beside products some count what they do to single numbers."""
+    own = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+    def attention(q: tuple, k: tuple, v: tuple, *_, **__) -> int:
+        return 2 * q[0] * q[1] * q[2] * k[2] * (q[3] + v[3])
+
+    layer = make(name, case, swap.MECHANISMS[name].causal_too)
+    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping={own: attention}) as counter:
+        layer(tokens(1))
+    assert 1 <= layer.flops(LENGTH) / counter.get_total_flops() < 1.2
 
 
 @pytest.mark.parametrize("name,case", READABLE)

@@ -137,7 +137,10 @@ class DualAttention(Attention):
         entries = self.entries(cache, context)
         here, seen = self.places(x, positions, entries), self.visible(mask, len(x))
         q, k, v = self.project(x, x, here)
-        comparing = split(self.rk_proj(x), self.relations) if self.relations else None
+        asking = comparing = None
+        if self.relations:
+            asking = split(self.rq_proj(x), self.relations)
+            comparing = asking if self.rk_proj is self.rq_proj else split(self.rk_proj(x), self.relations)
         if entries is not None:
             k, v = self.remember(entries, k, v)
             if comparing is not None:
@@ -148,8 +151,7 @@ class DualAttention(Attention):
         shown, rest = z[:, self.sensory :].tensor_split((self.head_dim,), -1)
         if self.symbols.relative:
             shown = self.by_distance(rest, here)
-        if comparing is not None:
-            asking = split(self.rq_proj(x), self.relations)
+        if asking is not None and comparing is not None:
             if self.by_weights:
                 met = torch.einsum("bhij,blij->bhil", rest, self.compare(asking, comparing))
             else:
@@ -218,15 +220,21 @@ class DualAttention(Attention):
         own = [m for name, m in self.named_modules() if isinstance(m, nn.Linear) and not name.startswith("symbols")]
         wide = self.head_dim * self.relational if self.relations else 0
         beside = keys if self.by_weights else wide
-        met = 2 * queries * keys * (wide + self.relational * self.relations) if self.by_weights else 2 * queries * wide
+        met = queries * self.relational * wide
+        if self.by_weights:
+            met = queries * keys * (wide + self.relational * self.relations)
         if self.relations:
-            met += 2 * queries * self.r_out.numel()
+            met += queries * self.r_out.numel()
+        if self.symbols.relative:  # these are projected by distance, not by token
+            distances = len(self.symbols.table)
+            met += (distances - queries) * self.s_proj.weight.numel()
+            met += queries * distances * self.relational * self.head_dim
         return (
             sum(2 * queries * m.in_features * m.out_features for m in own)
             + self.symbols.flops(queries)
             + self.score.flops(queries, keys, self.heads, self.head_dim)
             + 2 * queries * keys * self.heads * (self.head_dim + beside)
-            + met
+            + 2 * met
         )
 
     @classmethod

@@ -92,8 +92,7 @@ class FixedQKAttention(Attention):
         v = split(self.v_proj(x), self.kv_heads)
         if self.source == "static":
             e: Any = x if self.given is None else self.given
-            q, k, _ = super().project(e, e, here)
-            return q, k, v
+            return *self.asked(e, here), v
         if isinstance(self.given, tuple):
             places = self.given[0].shape[2]
         elif self.source == "random":
@@ -106,9 +105,13 @@ class FixedQKAttention(Attention):
         if isinstance(self.given, tuple):
             q, k = (part[0][:, here.ids].transpose(0, 1) for part in self.given)
         else:
-            part = self.vectors[here.ids].to(x)
-            q, k, _ = super().project(part, part, here)
+            q, k = self.asked(self.vectors[here.ids].to(x), here)
         return q.expand(len(x), -1, -1, -1), k.expand(len(x), -1, -1, -1), v
+
+    def asked(self, stream: Float[Tensor, "#batch token dim"], here: Places) -> tuple[Heads, Heads]:
+        """The queries and keys of what is not the layer's input."""
+        q = self.position.turn(self.q_norm(split(self.q_proj(stream), self.heads)), here)
+        return q, self.position.turn(self.raw_keys(stream), here)
 
 
 class FixedStream(nn.Module):

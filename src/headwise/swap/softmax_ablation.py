@@ -89,6 +89,15 @@ class SoftmaxAblation(Attention):
         z = z if self.out_gate is None else z * opened(self.out_gate, x)
         return super().combine(self.z_norm(z), x)
 
+    def flops(self, queries: int, keys: int | None = None) -> int:
+        keys = queries if keys is None else keys
+        gates = sum(
+            tokens * gate.weight.numel()
+            for tokens, gate in ((keys, self.in_gate), (queries, self.out_gate))
+            if gate is not None
+        )
+        return super().flops(queries, keys) + 2 * gates
+
 
 def opened(gate: nn.Module, x: Float[Tensor, "batch token dim"]) -> Float[Tensor, "batch heads token one"]:
     return torch.sigmoid(gate(x)).transpose(1, 2)[..., None]
