@@ -166,9 +166,12 @@ def tile(X, first_row, start, rows, width, VALID, first, keys, CAUSAL: tl.conste
     mask = ((row >= 0) & (row < rows))[:, None] & ((column >= 0) & (column < width))[None, :]
     x = tl.load(X + row.to(tl.int64)[:, None] * width + column[None, :], mask=mask, other=0.0)
     if MASK and HAS_VALID:
-        x = tl.where(visible(column, keys, VALID, HAS_VALID)[None, :], x, 0.0)
-    # Padded keys have weights of 0, and values of 0.
-    if MASK and CAUSAL and start + N > first + first_row:
+        seen = visible(column, keys, VALID, HAS_VALID)[None, :]
+        if CAUSAL:
+            seen = seen & (column[None, :] <= (first + row)[:, None])
+        x = tl.where(seen, x, 0.0)
+    elif MASK and CAUSAL and start + N > first + first_row:
+        # Keys past the last one have weights of 0, and values of 0.
         x = tl.where(column[None, :] <= (first + row)[:, None], x, 0.0)
     return x
 
