@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+import transformers
 
 from headwise import swap
 from headwise.errors import HeadwiseError
@@ -137,6 +138,25 @@ def test_layers_that_are_called_by_place():
         shown = model(IDS[:1], attention_mask=mask, position_ids=places).logits
         torch.testing.assert_close(shown[:, 2:], alone, rtol=0, atol=1e-5)
     assert torch.equal(out(model), plain)
+
+
+def test_a_host_that_turns_a_part_of_its_heads():
+    config = transformers.PhiConfig(
+        vocab_size=32, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=32,
+        partial_rotary_factor=0.5, pad_token_id=3,
+    )  # fmt: skip
+    model = transformers.PhiForCausalLM(config).eval()
+    plain = out(model)
+    with swap.add_shortcut(model, [0], mode="replace", map="identity"):
+        torch.testing.assert_close(out(model), plain, rtol=0, atol=1e-6)
+
+
+def test_encoders_are_refused():
+    sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=32)
+    model = transformers.ViTModel(transformers.ViTConfig(**sizes, image_size=8, patch_size=2))
+    for change in (swap.add_shortcut, swap.depth_upscale):
+        with pytest.raises(HeadwiseError, match="ViTModel is no decoder of transformers"):
+            change(model)
 
 
 def test_bad_input_is_refused_by_name():

@@ -15,9 +15,10 @@ from torch.utils.hooks import RemovableHandle
 from headwise.errors import HeadwiseError
 from headwise.models.anatomy import find_sites
 from headwise.models.open import Opened
-from headwise.swap.adapter import HostTurn, Replacement, arguments_of, refuse
+from headwise.swap.adapter import Replacement, arguments_of, refuse
 from headwise.swap.convert import set_module
 from headwise.swap.layer_shortcut import LayerShortcutAttention
+from headwise.swap.probe import position_of
 from headwise.swap.upscale import first_norm, layers_of
 
 
@@ -111,13 +112,16 @@ def add_shortcut(
     sites = [site for site in find_sites(inner) if site.kind == "self"]
     layers = layers_of(inner, sites)
     reason = refuse(sites[-1]) if len(layers) > 1 else "there is no layer before it"
+    position = None if reason else position_of(sites[-1])
+    if reason is None and position is None:
+        reason = "attention by its weights alone gives another output than it does"
     if reason is not None:
         raise HeadwiseError(f"add_shortcut: {sites[-1].name} can't have one: {reason}.")
     chosen = list(range(len(layers) - 1)) if depths is None else list(depths)
     if not chosen or not 0 <= min(chosen) <= max(chosen) < len(layers) - 1:
         raise HeadwiseError(f"add_shortcut: depths wants numbers from 0 to {len(layers) - 2}; got {chosen}.")
     last, site = layers[-1], sites[-1]
-    made = LayerShortcutAttention.from_site(site, True, depths=chosen, **{"position": HostTurn.of(site), **own})
+    made = LayerShortcutAttention.from_site(site, True, depths=chosen, **{"position": position, **own})
     norm = first_norm(last)
     made.norm = copy.deepcopy(norm)
     made.norms = nn.ModuleList(copy.deepcopy(norm) for _ in chosen)

@@ -151,7 +151,9 @@ def layers_of(model: nn.Module, sites: list[Site]) -> nn.ModuleList:
     lists = {site.name.rsplit(".", 2)[0] for site in sites}
     found = model.get_submodule(lists.pop()) if len(lists) == 1 else None
     fits = isinstance(found, nn.ModuleList) and len(found) == len(sites) and hasattr(model, "config")
-    if not fits or any(entrance(site.module) != "registry" for site in sites):
+    if not fits or any(
+        entrance(site.module) != "registry" or not getattr(site.module, "is_causal", False) for site in sites
+    ):
         raise HeadwiseError(f"{type(model).__name__} is no decoder of transformers with all its layers in one list.")
     return found  # type: ignore[return-value]
 
