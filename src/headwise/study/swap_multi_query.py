@@ -36,7 +36,7 @@ def multi_query(seeds: Sequence[int] = (0, 1, 2), steps: int = 1000, tuning: int
 
     In a first run of 300 steps on average none was better than a table of character pairs. The steps were then chosen
     by the loss with 8 key-value heads alone, and "untestable" added for the case that it is no better than that table;
-    the rest of the rule is the first. Some 7 processor minutes."""
+    the rest of the rule is the first. Some 8 processor minutes."""
 
     task = TASKS["lm"]()
     task.rows = rows  # type: ignore[misc]

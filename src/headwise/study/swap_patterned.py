@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, partial
@@ -19,59 +17,53 @@ from headwise.study.finding import Finding
 from headwise.study.hosts import HostOutput
 from headwise.study.registry import study
 from headwise.study.swap_train import by_seed, count
-from headwise.study.train import Draw, Recipe, build, train
+from headwise.study.train import Recipe, build, train
 
-PAD, START, OTHER = range(3)
+PAD, START = range(2)
+SPECIAL = (PAD, START)
 DIM, HEADS, LAYERS = 64, 8, 2
-SENTENCES, WORDS = 8, 12
+VOCABULARY, TOPICS, OWN = 400, 4, 20
+SENTENCES, WORDS = 4, 6
 LENGTH = SENTENCES * (1 + WORDS)
 NEW_TOPIC = 0.35
-VOCABULARY = 800
-
-
-@cache
-def topics() -> list[list[list[int]]]:
-    """Python's help texts (`pydoc_data.topics`): of each, its sentences of at least 4 words, as numbers of words."""
-    from pydoc_data.topics import topics as texts
-
-    split = [[re.findall(r"[a-z_]+", s) for s in re.split(r"[.:]\s", text.lower())] for text in texts.values()]
-    split = [[s for s in sentences if len(s) >= 4] for sentences in split]
-    common = Counter(word for sentences in split for s in sentences for word in s).most_common(VOCABULARY - 3)
-    number = {word: n + 3 for n, (word, _) in enumerate(common)}
-    found = [[[number.get(word, OTHER) for word in s[:WORDS]] for s in sentences] for sentences in split]
-    return [sentences for sentences in found if len(sentences) >= SENTENCES]
+BLIND = 2 * NEW_TOPIC / (1 + NEW_TOPIC)
+"""F1 of who says of every sentence that it is of a new topic."""
 
 
 @dataclass(frozen=True)
 class Segmentation:
-    """Eight sentences of some topics, each behind a start token; asked of every start token but the first is whether
-    its sentence is of another topic than the one before. Every fifth topic is held out."""
+    """Four sentences, each behind a start token and in as many places, of three to six words: nine in ten of them are
+    of the 20 of the sentence's topic, the others any word, as rare as Zipf's law makes its number. Asked of every start
+    token but the first is whether its sentence is of another topic than the one before."""
 
     rows: int
 
-    def draw(self, held_out: bool = False) -> Draw:
-        some = [t for n, t in enumerate(topics()) if (n % 5 == 0) == held_out]
+    def draw(self, generator: torch.Generator) -> dict[str, Tensor]:
+        own, rare = words()
+        rng = np.random.default_rng(int(torch.randint(2**31, (1,), generator=generator)))
+        shape = (self.rows, SENTENCES, 1 + WORDS)
+        turn = rng.random(shape[:2]) < NEW_TOPIC
+        step = np.where(turn, rng.integers(1, TOPICS, shape[:2]), 0)
+        step[:, 0] = rng.integers(TOPICS, size=self.rows)
+        topic = step.cumsum(1) % TOPICS
+        said = own[topic[..., None], rng.integers(OWN, size=shape)]
+        said = np.where(rng.random(shape) < 0.9, said, rng.choice(np.arange(len(SPECIAL), VOCABULARY), shape, p=rare))
+        long = rng.integers(WORDS // 2, WORDS + 1, shape[:2])
+        ids = np.where(np.arange(1 + WORDS) <= long[..., None], said, PAD)
+        ids[..., 0] = START
+        labels = np.full(shape, -100)
+        labels[:, 1:, 0] = turn[:, 1:]
+        sentences = np.broadcast_to(np.arange(SENTENCES)[:, None], shape)
+        parts = {"ids": ids, "sentences": sentences, "labels": labels}
+        return {name: torch.from_numpy(part.reshape(self.rows, LENGTH).copy()) for name, part in parts.items()}
 
-        def batch(generator: torch.Generator) -> dict[str, Tensor]:
-            rng = np.random.default_rng(int(torch.randint(2**31, (1,), generator=generator)))
-            ids, labels = (torch.full((self.rows, LENGTH), x) for x in (PAD, -100))
-            sentences = torch.full((self.rows, LENGTH), SENTENCES)
-            for row in range(self.rows):
-                topic, at, place = -1, 0, 0
-                for n in range(SENTENCES):
-                    turn = n == 0 or rng.random() < NEW_TOPIC or at >= len(some[topic])
-                    if turn:
-                        topic = int(rng.choice([t for t in range(len(some)) if t != topic]))
-                        at = int(rng.integers(len(some[topic])))
-                    sentence = [START, *some[topic][at]]
-                    span = slice(place, place + len(sentence))
-                    ids[row, span], sentences[row, span] = torch.tensor(sentence), n
-                    if n:
-                        labels[row, place] = int(turn)
-                    place, at = place + len(sentence), at + 1
-            return {"ids": ids, "sentences": sentences, "labels": labels}
 
-        return batch
+@cache
+def words() -> tuple[np.ndarray, np.ndarray]:
+    """The words of every topic, and how often any word is said."""
+    rng, any_word = np.random.default_rng(7), np.arange(len(SPECIAL), VOCABULARY)
+    rare = 1 / np.arange(1, len(any_word) + 1)
+    return np.stack([rng.choice(any_word, OWN, replace=False) for _ in range(TOPICS)]), rare / rare.sum()
 
 
 class Segmenter(nn.Module):
@@ -95,11 +87,11 @@ class Segmenter(nn.Module):
 
 @torch.no_grad()
 def f1(model: nn.Module, task: Segmentation, tests: int) -> float:
-    """Of the sentences said to be of a new topic, on held-out topics."""
-    draw, generator = task.draw(held_out=True), torch.Generator().manual_seed(12_345)
+    """Of the sentences said to be of a new topic, on rows not trained on."""
+    generator = torch.Generator().manual_seed(12_345)
     right = said = there = 0
     for _ in range(max(1, tests // task.rows)):
-        batch = draw(generator)
+        batch = task.draw(generator)
         asked = batch["labels"] >= 0
         guess = model(**batch).logits.argmax(-1)[asked] == 1
         truth = batch["labels"][asked] == 1
@@ -107,8 +99,8 @@ def f1(model: nn.Module, task: Segmentation, tests: int) -> float:
     return 2 * right / max(1, said + there)
 
 
-def learn(model: nn.Module, task: Segmentation, steps: int, seed: int, lr: float = 1e-3) -> nn.Module:
-    return train(model, task.draw(), Recipe(steps, lr, warmup=steps // 10, decay="cosine", seed=seed)).model
+def learn(model: nn.Module, task: Segmentation, steps: int, seed: int, lr: float = 2e-3) -> nn.Module:
+    return train(model, task.draw, Recipe(steps, lr, warmup=steps // 10, decay="cosine", seed=seed)).model
 
 
 @study(
@@ -118,13 +110,17 @@ def learn(model: nn.Module, task: Segmentation, steps: int, seed: int, lr: float
     claim="Heads built to keep to four patterns make a small encoder better at topic segmentation, more of them more.",
 )
 def patterned_encoder(
-    seeds: Sequence[int] = (0, 1, 2), steps: int = 250, rows: int = 16, tests: int = 512,
+    seeds: Sequence[int] = (0, 1, 2), steps: int = 1000, rows: int = 32, tests: int = 1024,
     heads_per_pattern: Sequence[int] = (0, 1, 2),
 ) -> Finding:  # fmt: skip
-    """Encoders of 2 layers, width 64 and 8 heads, equally many parameters; eight sentences of Python's help texts, of
-    several topics; F1 of sentences that begin another topic, on held-out topics. 0, 1 or 2 heads of every layer keep to
-    each of: same token, same sentence, token before, token after. The paper's encoders have 6 layers. "untestable"
-    where no model finds a single boundary was added after a first run in which none did; the rule is the first."""
+    """Encoders of 2 layers, width 64 and 8 heads, equally many parameters; four sentences of several made-up topics;
+    F1 of sentences that begin another topic. 0, 1 or 2 heads of every layer keep to each of: same token, same sentence,
+    token before, token after. The paper's encoders have 6 layers and real text.
+
+    First runs were on Python's help texts: no encoder learnt anything in 250 steps, and in more those without patterns
+    learnt which sentences they had seen together, and nothing that held for others. Made-up topics, sizes, steps, rows
+    and lr were then chosen by encoders without patterns alone, and "untestable" is where on any seed these are not
+    better than calling every sentence new; the rest of the rule is the first. Some 6 processor minutes."""
     task = Segmentation(rows)
     sizes: dict[str, int] = {}
 
@@ -143,8 +139,9 @@ def patterned_encoder(
     rising = list(mean.values()) == sorted(mean.values())
     return Finding(
         measured={"f1": found, "parameters": sizes},
-        expected="On every seed a higher F1 with patterns than without, and on average a higher one with more heads.",
-        verdict="untestable" if not any(mean.values()) else "holds" if always and rising else "fails",
+        expected="On every seed a higher F1 with patterns than without, and on average a higher one with more heads. "
+        f"Untestable where without patterns it is not above {BLIND:.2f} on every seed.",
+        verdict="untestable" if min(found[none]) <= BLIND else "holds" if always and rising else "fails",
         reason=(
             f"F1 after {steps} steps, by heads of a pattern in every layer: "
             + ", ".join(f"{name}: {np.round(x, 3).tolist()}" for name, x in found.items())
@@ -157,7 +154,7 @@ def patterned_encoder(
 
 def patterned(heads_per_pattern: int) -> Segmenter:
     encoder = swap.PatternedEncoder(
-        VOCABULARY, DIM, HEADS, LAYERS, LENGTH, heads_per_pattern=heads_per_pattern, special=(PAD, START, OTHER)
+        VOCABULARY, DIM, HEADS, LAYERS, LENGTH, heads_per_pattern=heads_per_pattern, special=SPECIAL
     )
     return Segmenter(encoder, DIM)
 
@@ -169,12 +166,13 @@ def patterned(heads_per_pattern: int) -> Segmenter:
     claim="Projected attention layers beside a trained encoder help more when their heads keep to patterns.",
 )
 def patterned_pals(
-    seeds: Sequence[int] = (0, 1, 2), steps: int = 1500, more: int = 300, rows: int = 16, tests: int = 512
+    seeds: Sequence[int] = (0, 1, 2), steps: int = 1500, more: int = 300, rows: int = 32, tests: int = 1024
 ) -> Finding:
     """A BERT of 2 layers and width 64 learns the segmentation of `patterned_encoder` and is frozen; then projected
     attention layers of width 32 with 4 heads, and the classifier, learn it further, free ones and ones with the four
-    patterns. The paper's BERT was trained on other text before. After a first run (300 and 150 steps) in which no model
-    found a single boundary, training was lengthened and "untestable" added for that case; the rule is the first."""
+    patterns. The paper's BERT was trained on other text before. In first runs, on Python's help texts, no base found a
+    single boundary; "untestable" was added for that case, the rest of the rule is the first. Some 4 processor
+    minutes."""
     from transformers import BertConfig, BertModel
 
     config = BertConfig(
@@ -183,7 +181,7 @@ def patterned_pals(
         attention_probs_dropout_prob=0.0,
     )  # fmt: skip
     task = Segmentation(rows)
-    special = (PAD, START, OTHER)
+    special = SPECIAL
 
     def measure(seed: int) -> dict[str, float]:
         base = build(lambda: Segmenter(BertModel(config, add_pooling_layer=False), DIM), seed)
