@@ -109,7 +109,7 @@ def test_the_command_line_shows_it_the_prompt_first(opened: Opened) -> None:
     with steer.apply(opened, act.prepare(opened, batch)):
         ids = opened.model.generate(**batch, max_new_tokens=4, do_sample=False)
     wanted = opened.decode(ids[0, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-    assert written(opened, prompt, None, 4, [act]) == wanted
+    assert written(opened, prompt, (), 4, [act]).strip() == wanted
     assert steer.TokenScale().prepare(opened, batch) == steer.TokenScale()
 
 

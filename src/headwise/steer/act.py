@@ -76,9 +76,11 @@ class ACT(Method):
 
     def prepare(self, opened: Opened, batch: Mapping[str, Any]) -> Self:
         """A copy that knows the sinks of this prompt (one sample), found in one forward pass."""
-        ids = batch["input_ids"]
+        ids = batch.get("input_ids", ())
         if len(ids) != 1:
-            raise HeadwiseError(f"ACT.prepare wants one prompt, as sinks differ between them; got {len(ids)}.")
+            raise HeadwiseError(
+                f'ACT.prepare wants "input_ids" of one prompt, as sinks differ between them; got {len(ids)}.'
+            )
         chosen = self.chosen(opened)
         layers = tuple(sorted({layer for layer, _ in chosen}))
         if not layers:

@@ -6,7 +6,7 @@ of a grid are tried, and the one is kept that makes the right answers most proba
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import fields, replace
 from functools import singledispatch
 from inspect import signature
@@ -46,6 +46,11 @@ def calibrate(
 
     >>> steer.calibrate(opened, steer.Emphasis(), examples, grid={"alpha": (1.0, 0.1, 0.01)})
     """
+    if not isinstance(opened, Opened) or not isinstance(method, Method):
+        raise HeadwiseError(
+            f"calibrate wants an opened model and a method such as steer.TokenScale(); got a {type(opened).__name__} "
+            f"and {method!r}."
+        )
     cases = [Example.of(example) for example in examples]
     if not cases:
         raise HeadwiseError("examples: wanted one or more; got none.")
@@ -63,14 +68,16 @@ def calibrate(
         raise HeadwiseError(
             f"calibrate: {', '.join(options)} goes to a method's own calibrate, which is not used here."
         )
-    space = dict(method.space if grid is None else grid)
+    space = method.space if grid is None else grid
+    if not isinstance(space, Mapping):
+        raise HeadwiseError(f"grid: wanted a mapping of settings to values to try; got {space!r}.")
     if not space:
         raise HeadwiseError(
             f"{type(method).__name__} has nothing to calibrate: give grid={{setting: values to try}} to search one."
         )
     known = [f.name for f in fields(method)]
     for name, values in space.items():
-        if name not in known or not len(values):
+        if name not in known or not isinstance(values, Collection) or isinstance(values, str) or not len(values):
             raise HeadwiseError(f"grid: wanted values to try for some of {', '.join(known)}; got {name!r}: {values!r}.")
     tried = [replace(method, **dict(zip(space, values, strict=True))) for values in product(*space.values())]
     judge = score or answer_logprob

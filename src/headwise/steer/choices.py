@@ -23,7 +23,7 @@ class Choice:
     gold: int | None = None
 
     def __post_init__(self) -> None:
-        if len(self.options) < 2 or len(set(self.options)) != len(self.options):
+        if isinstance(self.options, str) or len(self.options) < 2 or len(set(self.options)) != len(self.options):
             raise HeadwiseError(f"Choice(options=...) must be two or more different answers; got {self.options!r}.")
         if self.gold is not None and not 0 <= self.gold < len(self.options):
             raise HeadwiseError(f"Choice(gold=...) must be 0 to {len(self.options) - 1}; got {self.gold!r}.")

@@ -27,6 +27,8 @@ def choose_buckets(
     rotary = text_rotary(opened)
     if rotary is None:
         raise HeadwiseError(f"choose_buckets needs a model with rotary positions; {opened.name} has none.")
+    if not all(isinstance(ratio, int | float) and 0 < ratio < float("inf") for ratio in candidates):
+        raise HeadwiseError(f"choose_buckets wants candidates= above 0; got {tuple(candidates)!r}.")
     others = [ratio for ratio in candidates if ratio != 1]
     if not 1 <= n <= len(others) + 1 or span < 16:
         raise HeadwiseError(

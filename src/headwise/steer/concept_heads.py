@@ -86,6 +86,8 @@ def concept_scores(
 
 def concept_tokens(opened: Opened, words: Sequence[str]) -> list[int]:
     """The tokens of words that are one token, with and without a leading space, as given and capitalised."""
+    if not len(words) or isinstance(words, str) or opened.tokenizer is None:
+        raise HeadwiseError(f"words: wanted a list of one or more words, and a model with a tokenizer; got {words!r}.")
     found: dict[int, None] = {}
     for word in words:
         for form in (word, word.capitalize(), f" {word}", f" {word.capitalize()}"):

@@ -35,8 +35,8 @@ class Focus:
 
     def __post_init__(self) -> None:
         for name in ("relevant", "answer"):
-            if name not in self.segments:
-                raise HeadwiseError(f"Focus(segments=...) must name a segment {name!r}; got {list(self.segments)}.")
+            if name not in self.segments or not self.segments.mask(name).any():
+                raise HeadwiseError(f"Focus(segments=...) must name tokens of a segment {name!r}; got {list(self.segments)}.")
         self.segments.validate(self.ids.shape[-1])
 
 
@@ -96,8 +96,11 @@ class FocusDirections(Method):
         standard deviation 0.01. One forward pass an example, the rest on what it left; the model's weights are not
         touched. Where few examples make few steps, `lr` has to be larger: AdamW moves a number by at most about `lr` a
         step, and the paper takes thousands."""
-        if not examples or loss not in ("mass", "log_mass"):
-            raise HeadwiseError(f'calibrate wants examples, and loss= "mass" or "log_mass"; got {loss!r}.')
+        if not examples or loss not in ("mass", "log_mass") or epochs < 1:
+            raise HeadwiseError(
+                f'calibrate wants examples, epochs= of at least 1 and loss= "mass" or "log_mass"; got {len(examples)}, '
+                f"{epochs!r} and {loss!r}."
+            )
         sites = [site for site in opened.sites if site.stream == "text"]
         shape = (2, len(sites), max(s.heads for s in sites), max(s.head_dim for s in sites))
         draw = torch.Generator().manual_seed(seed)

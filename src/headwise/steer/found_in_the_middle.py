@@ -144,6 +144,8 @@ def attention_per_document(
     opened: Opened, before: str, docs: Sequence[str], after: str, separator: str = "\n\n"
 ) -> Float[Tensor, "layer head document"]:
     """Mean weight per token of each document from the prompt's last token."""
+    if not docs or not all(document.strip() for document in docs):
+        raise HeadwiseError(f"docs: wanted one or more texts, none of them empty; got {list(docs)!r}.")
     batch, segments = Segments.from_documents(opened.tokenizer, list(docs), before, after, separator)
     names = [f"document {n + 1}" for n in range(len(docs))]
     batch = {name: value.to(opened.device) for name, value in batch.items()}
@@ -170,7 +172,7 @@ def cut_like(opened: Opened, dummy: str, document: str) -> str:
     """The dummy, repeated and cut to as many tokens as the document has."""
     tokenizer = opened.tokenizer
     length = len(tokenizer(document, add_special_tokens=False)["input_ids"])
-    ids: list[int] = []
-    while len(ids) < length:
-        ids += tokenizer(dummy, add_special_tokens=False)["input_ids"]
-    return str(tokenizer.decode(ids[:length]))
+    words = tokenizer(dummy, add_special_tokens=False)["input_ids"]
+    if not words:
+        raise HeadwiseError(f"dummy: wanted a text of at least one word; got {dummy!r}.")
+    return str(tokenizer.decode((words * (1 + length // len(words)))[:length]))

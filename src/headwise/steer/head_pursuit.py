@@ -19,7 +19,7 @@ from torch import Tensor
 from headwise.attention import HeadOutput, attend
 from headwise.errors import HeadwiseError
 from headwise.models import Opened
-from headwise.steer.method import every_head
+from headwise.steer.method import check_per_head, every_head, pairs
 from headwise.steer.pursuit import somp
 
 Rows = Float[Tensor, "row layer head channel"]
@@ -36,6 +36,8 @@ def head_rows(
         raise HeadwiseError(
             f"tokens: wanted at least 1, and with more than 1 position=-1; got {tokens} and {position}."
         )
+    if not len(inputs) or isinstance(inputs, str):
+        raise HeadwiseError(f"inputs: wanted a list of one or more texts; got {inputs!r}.")
     stream = every_stream(opened)
     found = []
     for given in inputs:
@@ -49,6 +51,8 @@ def head_rows(
         with attend(opened, readings=[HeadOutput(what="vector", queries=places, stream=stream)]) as run:
             opened.model(**batch)
         z = run.tree[stream]["head_output"].isel(sample=0).transpose("query", "layer", "head", "channel").values
+        if not len(z):
+            raise HeadwiseError(f"position: the input {given!r} has no token at {position}.")
         found.append(torch.tensor(z.mean(0, keepdims=True) if average else z, device=opened.device))
     return torch.cat(found)
 
@@ -96,7 +100,10 @@ def parts(
 ) -> Iterator[tuple[int, int, Float[Tensor, "row dim"]]]:
     """Layer, head, and what it writes to the residual stream."""
     sites = {site.layer: site for site in opened.sites if site.stream == every_stream(opened)}
-    for layer, head in every_head(opened) if heads is None else heads:
+    if rows.shape[-1] != next(iter(sites.values())).value_dim:
+        raise HeadwiseError(f"rows: wanted the outputs of heads [row, layer, head, channel]; got {tuple(rows.shape)}.")
+    check_per_head("rows", rows[0], opened)
+    for layer, head in pairs(heads, opened) or every_head(opened):
         yield layer, head, rows[:, layer, head] @ sites[layer].W_O[head].detach().to(rows)
 
 

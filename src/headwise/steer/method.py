@@ -79,6 +79,13 @@ def apply(
     opened = model if isinstance(model, Opened) else open_model(model)
     if not methods:
         raise HeadwiseError("apply: give at least one method, such as steer.TokenScale(gain=2.0).")
+    if segments is not None and not isinstance(segments, Segments | Mapping):
+        raise HeadwiseError(f"apply: segments= must be Segments, or a mapping of streams to them; got {segments!r}.")
+    strange = [name for name in segments if name not in opened.streams] if isinstance(segments, Mapping) else []
+    if strange:
+        raise HeadwiseError(
+            f"apply: segments= names streams {', '.join(strange)}; {opened.name} has {', '.join(opened.streams)}."
+        )
     edits: list[Edit] = []
     for method in methods:
         if not isinstance(method, Method):

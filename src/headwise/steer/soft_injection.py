@@ -122,6 +122,8 @@ def first_token(opened: Opened, prompt: str, answer: str) -> int:
 
 def task_embedding(opened: Opened, prompts: Sequence[str]) -> Float[Tensor, "layer head dim"]:
     """The heads' mean outputs at the last token of these prompts."""
+    if not len(prompts) or isinstance(prompts, str):
+        raise HeadwiseError(f"prompts: wanted a list of one or more texts; got {prompts!r}.")
     reading = HeadOutput(what="vector", per="head", queries=[-1], stream="text")
     with attend(opened, readings=[reading]) as run, torch.no_grad():
         for prompt in prompts:

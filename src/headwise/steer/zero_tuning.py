@@ -65,6 +65,8 @@ class ZeroTuning(TokenScale):
             raise HeadwiseError(f'probe: wanted "runs" or "gradient"; got {probe!r}.')
         if not 0 < share <= 1:
             raise HeadwiseError(f"share: wanted a number above 0 and at most 1; got {share!r}.")
+        if not len(grid):
+            raise HeadwiseError("grid: wanted one or more gains to try; got none.")
         every = every_head(opened)
         groups = (
             [[p for p in every if p[1] == h] for h in sorted({h for _, h in every})]
