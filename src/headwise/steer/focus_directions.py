@@ -36,7 +36,8 @@ class Focus:
     def __post_init__(self) -> None:
         for name in ("relevant", "answer"):
             if name not in self.segments or not self.segments.mask(name).any():
-                raise HeadwiseError(f"Focus(segments=...) must name tokens of a segment {name!r}; got {list(self.segments)}.")
+                given = list(self.segments)
+                raise HeadwiseError(f"Focus(segments=...) must name tokens of a segment {name!r}; got {given}.")
         self.segments.validate(self.ids.shape[-1])
 
 
