@@ -111,7 +111,7 @@ def pairs(heads: Heads, opened: Opened) -> list[tuple[int, int]] | None:
     chosen = [(int(layer), int(head)) for layer, head in heads]
     if not chosen:
         raise HeadwiseError("heads: wanted at least one (layer, head) pair, or None for all heads; got none.")
-    every = every_head(opened)
+    every = set(every_head(opened))
     for pair in chosen:
         if pair not in every:
             layers, heads = zip(*every, strict=True)
