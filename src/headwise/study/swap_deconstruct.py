@@ -66,7 +66,7 @@ def deconstructing_attention(
 
     In a first run (width 64, 150 steps of 8 rows, lr 3e-3) ordinary attention was no better than none. Width, steps,
     rows and lr were then chosen by the loss of ordinary attention alone, and "untestable" added for the case that it is
-    no better than a table of character pairs; the rest of the rule is the first. Some 25 processor minutes."""
+    no better than a table of character pairs; the rest of the rule is the first. Some 20 processor minutes."""
     task = LanguageModel()
     task.rows = rows  # type: ignore[misc]
     text = task.training[: task.length]

@@ -34,7 +34,7 @@ def head_mask(seeds: Sequence[int] = (0, 1, 2, 3, 4), length: int = 6, steps: in
 
     In a first run of 300 steps the task was not quite learnt (0.10 nats without a mask). The steps were then chosen by
     the loss without a mask alone, and "untestable" added for the case that it is above 0.05; the rest of the rule is
-    the first. Some 8 processor minutes."""
+    the first. Some 7 processor minutes."""
     draw = reversed_strings(length)
 
     def measure(seed: int) -> dict[str, float]:
