@@ -7,6 +7,7 @@ import torch
 from transformers import TextIteratorStreamer
 from transformers.generation.streamers import BaseStreamer
 
+import headwise as hw
 from headwise import steer
 from headwise.models import Opened, Segments
 from tests.scan.models import llama, tokenizer
@@ -123,6 +124,24 @@ def test_segments_are_cut_with_a_text_that_is_cut(opened: Opened, side: str) -> 
             logits.append(opened.model(ids).logits)
     assert torch.equal(*logits)
     assert (logits[0] - opened.model(ids).logits).abs().max() > 1e-4
+
+
+def test_the_first_token_of_a_padded_batch_is_each_samples_own(opened: Opened) -> None:
+    method, short, long = steer.TokenScale(gain=5.0), IDS[0, :6], IDS[1]
+    asked = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 1}
+    ids = torch.stack([torch.cat([torch.ones(3, dtype=torch.long), short]), long])
+    batch = {"input_ids": ids, "attention_mask": torch.tensor([[0] * 3 + [1] * 6, [1] * 9])}
+    with steer.apply(opened, method):
+        alone = [opened.model.generate(one[None], **asked)[0, len(one) :] for one in (short, long)]
+        with pytest.raises(hw.HeadwiseError, match="padded on the left"):
+            opened.model.generate(**batch, **asked)
+    with steer.apply(opened, method, segments=steer.mark_first(batch)):
+        found = opened.model.generate(**batch, **asked)[:, 9:]
+    assert torch.equal(found, torch.stack(alone))
+    assert not torch.equal(found, opened.model.generate(**batch, **asked)[:, 9:])
+    both = steer.mark_first(batch, steer.mark_last(batch))
+    assert both.mask("first").int().argmax(1).tolist() == [3, 0]
+    assert both.mask("last").int().argmax(1).tolist() == [8, 8]
 
 
 def test_left_padding_does_not_move_the_segments(opened: Opened) -> None:

@@ -23,7 +23,7 @@ from headwise.steer.knockout import Knockout
 from headwise.steer.method import Method, apply
 from headwise.steer.pattern_mask import MatchingTokens, PatternMask
 from headwise.steer.positional_hidden import PositionalHiddenScaling
-from headwise.steer.prompts import mark_last
+from headwise.steer.prompts import mark_first, mark_last
 from headwise.steer.pursuit import Pursuit, somp
 from headwise.steer.recipe import Recipe
 from headwise.steer.scale_heads import ScaleHeads
@@ -71,6 +71,7 @@ __all__ = [
     "head_pursuit",
     "head_rows",
     "logit_lens",
+    "mark_first",
     "mark_last",
     "option_entropy",
     "option_logprobs",

@@ -21,6 +21,7 @@ from headwise.errors import HeadwiseError
 from headwise.models import Opened, Segments, open_model
 from headwise.paper import Paper
 from headwise.patterns import HeadPattern
+from headwise.steer.prompts import FIRST, check_first, speak_of
 from headwise.steer.settings import Heads, check_settings
 
 Space = Mapping[str, Sequence[Any]]
@@ -96,6 +97,8 @@ def apply(
         edits += method.edits(opened)
     with ExitStack() as stack:
         run = stack.enter_context(attend(opened, edits=edits, segments=segments))
+        if speak_of(edits, FIRST) and not any(FIRST in known for known in run.segments.values()):
+            stack.callback(opened.model.register_forward_pre_hook(check_first, with_kwargs=True).remove)
         for method in methods:
             stack.enter_context(method.hooks(opened))
         yield run

@@ -41,8 +41,8 @@ SCORES: dict[str, Callable[[Opened, Sequence[Choice]], float]] = {
 
 @dataclass(frozen=True)
 class ZeroTuning(TokenScale):
-    """A `TokenScale` of the first token whose heads and gain `calibrate` finds. With left padding name the first real
-    token by segments, and give that segment."""
+    """A `TokenScale` of the first token whose heads and gain `calibrate` finds. In a batch that is padded on the left,
+    `segments=steer.mark_first(batch)` names each sample's own."""
 
     def calibrate(
         self,
