@@ -128,8 +128,8 @@ def test_shared_queries_and_keys():
     torch.manual_seed(0)
     layer = swap.DualAttention(DIM, HEADS, share_qk=True, relations=0, symbols=Same()).double()
     with torch.no_grad():
-        layer.s_proj.weight.copy_(layer.v_proj.weight)
-        layer.so_proj.weight.copy_(layer.o_proj.weight)
+        layer.s_proj.weight.copy_(layer.sensory_v.weight)
+        layer.so_proj.weight.copy_(layer.sensory_out.weight)
         one, two = layer(tokens()).chunk(2, -1)
     torch.testing.assert_close(one, two, rtol=0, atol=1e-12)
 
@@ -147,7 +147,7 @@ def test_a_converted_model():
             torch.testing.assert_close(torch.cat([start.logits, rest], 1), whole, rtol=0, atol=1e-5)
             layer = conversion.mechanisms["model.layers.0.self_attn"]
         own = model.model.layers[0].self_attn
-    torch.testing.assert_close(layer.v_proj.weight, own.v_proj.weight[:8])
+    torch.testing.assert_close(layer.sensory_v.weight, own.v_proj.weight[:8])
     torch.testing.assert_close(layer.so_proj.weight, own.o_proj.weight[16:, 16:])
 
 

@@ -71,13 +71,13 @@ def test_where_inner_maps_are_the_identity_it_is_plain_attention(inner: str, map
     plain.load_state_dict(layer.state_dict())
     attend, calls = layer.attend, []
 
-    def alone_within(q, k, v, mask, here):
-        calls.append(mask)
-        return attend(q, k, v, Mask(left=0, right=0) if len(calls) <= maps else mask, here)
+    def alone_within(q, k, v, mask, here, inner):
+        calls.append(inner)
+        return attend(q, k, v, Mask(left=0, right=0) if inner else mask, here)
 
     layer.attend = alone_within
     torch.testing.assert_close(layer(tokens()), plain(tokens()), rtol=0, atol=1e-12)
-    assert len(calls) == maps + 1
+    assert calls == [True] * maps + [False]
 
 
 @pytest.mark.parametrize("inner", INNER)

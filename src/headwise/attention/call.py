@@ -52,6 +52,8 @@ class AttentionCall:
     """The numbers of the heads in q, where q holds some of the layer's only."""
     form: Form | None = None
     """How scores and weights are made, where not as above."""
+    inner: bool = False
+    """It makes what another call of its layer attends with. Edits act on it; readings see it where they ask for it."""
     host_i: Int[Tensor, " query"] | None = None
     """`i` on the CPU, where reading a position waits for no device."""
 

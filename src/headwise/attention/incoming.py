@@ -34,7 +34,8 @@ class Frame:
 
     def __init__(self, past: int, padding: Any = None):
         self.past = past
-        self.calls: Counter[str] = Counter()
+        self.calls: Counter[tuple[str, bool]] = Counter()
+        """Of each site, apart from its inner ones."""
         self._padding = padding
         self._kept: dict[tuple, Any] = {}
         self._last: tuple[Any, Seen | None] | None = None

@@ -64,6 +64,7 @@ class Run:
     edits: list[Edit]
     segments: dict[str, Segments]
     seed: int
+    inner: bool = False
     session: Session = field(init=False, repr=False)
     tally: Tally = field(init=False, repr=False)
     give_back: Trimmer = field(default_factory=Trimmer, repr=False)
@@ -131,7 +132,7 @@ class Run:
         """The parts and edits this run has for one call of a site."""
         labels = self.labels(call, site, frame)
         readings, parts = [], []
-        for reading in self.readings:
+        for reading in self.readings if self.inner or not call.inner else ():
             layers, heads = reading.chosen_layers, reading.chosen_heads
             if reading.stream not in (None, site.stream) or (layers is not None and site.layer not in layers):
                 continue
@@ -209,6 +210,8 @@ class Run:
         """Folds one call's values into the run."""
         site = asked.site
         self.paths[site.name] = (result.path, result.reason)
+        if call.inner and not self.inner:
+            return
         start = self.tally.start(site.name, asked.number, call.batch, continued=asked.frame.past > 0)
         for part, read in zip(asked.parts, values, strict=True):
             self.tally.add(part, site, asked.number, start, call, read)
@@ -241,12 +244,14 @@ def attend(
     edits: Sequence[Edit] = (),
     segments: Segments | Mapping[str, Segments] | None = None,
     seed: int = 0,
+    inner: bool = False,
 ) -> Iterator[Run]:
     """Reads and edits every attention call of `model` inside the block, and leaves the model as it was.
 
     `segments` name the tokens of the main stream (or a mapping from stream to segments); without them a token is
     "first" or "rest". `seed` decides which queries a reading with `queries=256` samples. Blocks on one model nest:
-    edits of the outer come first.
+    edits of the outer come first. `inner`: some layers attend to make the queries, keys or values of their last call
+    (`swap.NexusAttention`); these calls are read too, along a dimension "call".
 
     Raises HeadwiseError where an edit can't take effect, where nothing can be read, and where segments don't fit.
     """
@@ -263,7 +268,7 @@ def attend(
     twice = [name for name, count in names.items() if count > 1]
     if twice:
         raise HeadwiseError(f"Two readings are called {twice[0]!r}: give one of them name=... .")
-    run = Run(list(readings), list(edits), {}, seed)
+    run = Run(list(readings), list(edits), {}, seed, inner)
     with joined(model, run, sites) as session:
         run.session = session
         run.tally.layers = Counter(site.stream for site in session.sites)

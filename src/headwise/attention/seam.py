@@ -179,12 +179,12 @@ class Session:
             return self.take(call.q, call.k, call.v)
         site = call.site = self.site_of(module, call.q, call.k, call.v)
         frame = self.frame or Frame(0)
-        number = frame.calls[site.name]
-        frame.calls[site.name] += 1
+        outer, inner = frame.calls[site.name, False], frame.calls[site.name, True]
+        frame.calls[site.name, call.inner] += 1
         if call.query_valid is None and frame.padding is not None and site.kind == "self" and site.stream in PADDED:
             # The mask came as plain numbers: what the model was called with still tells tokens from padding.
             call.query_valid = frame.valid(frame.padding, call.first, call.queries, call.batch)
-        asked = [run.ask(call, site, number, frame) for run in self.runs]
+        asked = [run.ask(call, site, outer + inner * run.inner, frame) for run in self.runs]
         edits = [pair for ask in asked for pair in ask.edits]
         parts = [part for ask in asked for part in ask.parts]
         for ask in asked:

@@ -60,7 +60,7 @@ class EffectiveBeta(Question):
         order = ("sample", "layer", "head", ...)
         top = values[["top_value", "top_index", "lse"]].isel(rank=0).transpose(*order)
         largest = np.log(top["top_value"]) + top["lse"]
-        q, k, v = (values[f"input_{w}"].transpose(*order, "channel") for w in "qkv")
+        q, k, v = (values[f"input_{w}"].transpose(*order) for w in "qkv")
         q = q.sel({q.dims[3]: top["query"].values})
         q, k, v = q.values, k.values, v.values
         chosen = top["top_index"].values.clip(min=0).astype(int)

@@ -126,6 +126,7 @@ class SinkAnatomy(Question):
 def first_against_others(vectors: xr.Dataset) -> dict[str, xr.DataArray]:
     """Norms and cosines of the first token's key and value against the mean of the others."""
     q, k, v = (vectors[f"input_{w}"] for w in "qkv")
+    v = v.rename({v.dims[-1]: "channel"})  # values of another width have a dim of their own
     norm = {name: np.sqrt((x**2).sum("channel")) for name, x in (("q", q), ("k", k), ("v", v))}
     others = slice(1, None)
     direction = (q / norm["q"]).isel(query=others)

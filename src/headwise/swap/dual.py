@@ -108,8 +108,9 @@ class DualAttention(Attention):
             return
         bias, own = self.q_proj.bias is not None, self.head_dim * self.sensory
         shown = self.relational // group
-        self.v_proj: nn.Module = nn.Linear(dim, own // group, bias) if own else nn.Identity()
-        self.o_proj = nn.Linear(own, own, bias) if own else nn.Identity()
+        del self.v_proj, self.o_proj  # by these names one looks for a projection of every head
+        self.sensory_v: nn.Module = nn.Linear(dim, own // group, bias) if own else nn.Identity()
+        self.sensory_out: nn.Module = nn.Linear(own, own, bias) if own else nn.Identity()
         if share_qk:
             self.q_proj, self.k_proj = nn.Linear(dim, own, bias), nn.Linear(dim, own // group, bias)
         self.symbols = SYMBOLS[symbols](dim) if isinstance(symbols, str) else symbols
@@ -158,7 +159,7 @@ class DualAttention(Attention):
                 met = torch.einsum("bhild,blid->bhil", rest.unflatten(-1, (self.relations, -1)), asking)
                 met = met * asking.shape[-1] ** -0.5
             shown = shown + torch.einsum("bhil,hdl->bhid", met, self.r_out)
-        return torch.cat([self.o_proj(merge(own)), self.so_proj(merge(shown))], -1)
+        return torch.cat([self.sensory_out(merge(own)), self.so_proj(merge(shown))], -1)
 
     @property
     def by_weights(self) -> bool:
@@ -182,7 +183,9 @@ class DualAttention(Attention):
             symbols = x.new_zeros(len(x), shown, x.shape[1], self.head_dim)
         else:
             symbols = split(self.s_proj(self.symbols(x, here)), shown).expand(len(x), -1, -1, -1)
-        return q, k, torch.cat([split(self.v_proj(x), self.kv_heads - shown), symbols], 1) if self.sensory else symbols
+        if not self.sensory:
+            return q, k, symbols
+        return q, k, torch.cat([split(self.sensory_v(x), self.kv_heads - shown), symbols], 1)
 
     def widened(self, v: Heads, comparing: Heads | None) -> Heads:
         """Values with the keys of the relations beside them, or with names of the keys."""
@@ -250,15 +253,15 @@ class DualAttention(Attention):
         if not made.relational:
             made.q_proj, made.k_proj, made.v_proj, made.o_proj = plain.q_proj, plain.k_proj, plain.v_proj, plain.o_proj
             return made
-        for name in ("q_proj", "k_proj", "v_proj"):  # the first heads are the ordinary ones
-            old, new = getattr(plain, name), getattr(made, name)
+        pairs = (plain.q_proj, made.q_proj), (plain.k_proj, made.k_proj), (plain.v_proj, made.sensory_v)
+        for old, new in pairs:  # the first heads are the ordinary ones
             if isinstance(new, nn.Linear):
                 fill(new, old.weight[: new.out_features], None if old.bias is None else old.bias[: new.out_features])
         if not isinstance(plain.o_proj, nn.Linear):
-            made.o_proj, made.so_proj = nn.Identity(), nn.Identity()  # the host has it outside the layer
+            made.sensory_out, made.so_proj = nn.Identity(), nn.Identity()  # the host has it outside the layer
             return made
         cut = made.sensory * made.head_dim
-        for new, part in ((made.o_proj, slice(cut)), (made.so_proj, slice(cut, None))):
+        for new, part in ((made.sensory_out, slice(cut)), (made.so_proj, slice(cut, None))):
             if isinstance(new, nn.Linear):
                 bias = plain.o_proj.bias
                 fill(new, plain.o_proj.weight[part, part], None if bias is None else bias[part])

@@ -48,7 +48,9 @@ class MultiHopAttention(StructuralAttention):
         far = split(self.far_proj(x), self.kv_heads)
         if entries is not None:
             k, v, far = entries.extend(k=k, v=v, far=far)
-        near = self.attend(q, k, far, seen, here)  # one link away from a token, two from those that link to it
+        near = self.attend(
+            q, k, far, seen, here, inner=True
+        )  # one link away from a token, two from those that link to it
         if entries is not None:
             (near,) = entries.extend(near=near)
             entries.length += x.shape[1]

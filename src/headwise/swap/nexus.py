@@ -36,9 +36,10 @@ class NexusAttention(Attention):
     `gate=0.0`: equal output at step 0 (the gate is an addition of headwise).
 
     What is mixed is not turned by positions; what is compared is. With grouped keys the inner maps are those of the
-    query heads, and the refined keys of a group are averaged. A session sees `order` (with "self" `2 order - 1`) calls
-    a forward, the last of them the outer one. A cache holds for every inner map its keys and what they mix: two to
-    three times as much as plain attention. Costs grow with the order alike.
+    query heads, and the refined keys of a group are averaged. Readings see the outer map, edits act on all; with
+    `attend(..., inner=True)` readings see all `order` (with "self" `2 order - 1`) calls of a forward, the outer last.
+    A cache holds for every inner map its keys and what they mix: two to three times as much as plain attention. Costs
+    grow with the order alike.
     """
 
     paper: ClassVar[Paper] = Paper("Nexus: Higher-Order Attention Mechanisms in Transformers", "2512.03377")
@@ -141,7 +142,7 @@ class Level:
             k, content = self.entries.extend(**{f"{name} k": k, f"{name} v": content})
         if content.shape[1] != k.shape[1]:
             k, content = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, content))
-        return self.module.attend(q, k, content, self.seen, self.here)
+        return self.module.attend(q, k, content, self.seen, self.here, inner=name != "outer")
 
 
 class Projections(nn.Module):

@@ -36,14 +36,14 @@ class SymbolicAttention(Symbols):
                 f"SymbolicAttention: dim must be a multiple of heads, symbols at least 1; got {dim}, {heads}, "
                 f"{symbols}."
             )
-        self.heads = heads
+        self.slices = heads  # "heads" says of a module that it is attention to tokens
         self.q_proj = nn.Linear(dim, dim)
         self.templates = nn.Parameter(torch.randn(symbols, dim))
         self.library = nn.Parameter(torch.randn(symbols, dim))
 
     def forward(self, x: Float[Tensor, "batch token dim"], places: Places) -> Float[Tensor, "batch token dim"]:
         q, keys, values = (
-            part.unflatten(-1, (self.heads, -1)).transpose(-3, -2)
+            part.unflatten(-1, (self.slices, -1)).transpose(-3, -2)
             for part in (self.q_proj(x), self.templates, self.library)
         )
         weights = (q @ keys.mT * q.shape[-1] ** -0.5).softmax(-1)
