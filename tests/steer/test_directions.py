@@ -179,6 +179,9 @@ def test_injection_learns_alpha_alone(opened: Opened) -> None:
 
 
 def test_bad_input(opened: Opened) -> None:
+    ready = steer.SoftInjection(torch.ones(2, 4, 8), torch.full((2, 4), 0.5))
+    with pytest.raises(hw.HeadwiseError, match=r"steer\.mark_last\(batch\)"), steer.apply(opened, ready):
+        pass
     with pytest.raises(hw.HeadwiseError, match="segment 'relevant'"):
         steer.Focus(IDS, Segments.positions(14))
     with pytest.raises(hw.HeadwiseError, match="no directions yet"):

@@ -21,7 +21,7 @@ from headwise.errors import HeadwiseError
 from headwise.models import Opened, Segments, open_model
 from headwise.paper import Paper
 from headwise.patterns import HeadPattern
-from headwise.steer.prompts import FIRST, check_first, speak_of
+from headwise.steer.prompts import FIRST, LAST, check_first, speak_of
 from headwise.steer.settings import Heads, check_settings
 
 Space = Mapping[str, Sequence[Any]]
@@ -97,7 +97,13 @@ def apply(
         edits += method.edits(opened)
     with ExitStack() as stack:
         run = stack.enter_context(attend(opened, edits=edits, segments=segments))
-        if speak_of(edits, FIRST) and not any(FIRST in known for known in run.segments.values()):
+        named = {name for known in run.segments.values() for name in known}
+        if speak_of(edits, LAST) and LAST not in named:
+            raise HeadwiseError(
+                "apply: a method means the prompt's last token: give segments=steer.mark_last(batch), or with segments "
+                "of your own, steer.mark_last(batch, segments)."
+            )
+        if speak_of(edits, FIRST) and FIRST not in named:
             stack.callback(opened.model.register_forward_pre_hook(check_first, with_kwargs=True).remove)
         for method in methods:
             stack.enter_context(method.hooks(opened))

@@ -22,7 +22,8 @@ def evaluate(
     every forward pass. `options` go to it: `num_fewshot=`, `limit=`, `task_manager=`, ...
 
     lm-eval writes the prompts, so that no segments can be named but "first", the token at place 0; with a batch of
-    more than one prompt, padding may stand there when text is generated. Needs the extra `lm-eval`."""
+    more than one prompt, padding may stand there when text is generated, which such methods refuse. Needs the extra
+    `lm-eval`."""
     if not tasks:
         raise HeadwiseError("tasks: wanted names of lm-eval's tasks, such as arc_easy; got none.")
     harness = need("lm_eval", "lm-eval")
