@@ -121,16 +121,19 @@ class Replacement(nn.Module):
         padding = isinstance(tensor, Tensor) and tensor.ndim == 2 and tensor.shape == (len(x), keys)
         if tensor is None or padding:  # the host leaves the causal order to its kernel
             left = self.window - 1 if causal and self.window else None
-            valid = tensor.bool() if padding else None
+            valid = None if tensor is None else tensor.bool()
             return Mask(left, 0 if causal and queries > 1 else None, valid, batch=len(x)), past
         seen = tensor.seq_lengths[1] if hasattr(tensor, "seq_lengths") else tensor.shape[-1]
         mask, first, _, _ = read_mask(Frame(past), tensor, x, seen, queries)
         more = keys - seen  # what the host's cache has forgotten, as no window reaches it, and ours has not
         hidden = {"key_valid": False, "allowed": False, "added": torch.finfo(x.dtype).min}
-        for name, value in hidden.items() if more else ():
-            part = getattr(mask, name)
-            if part is not None:
-                mask = replace(mask, **{name: nn.functional.pad(part, (more, 0), value=value)}, _cache={})
+        padded: dict[str, Any] = {
+            name: nn.functional.pad(getattr(mask, name), (more, 0), value=value)
+            for name, value in hidden.items()
+            if more and getattr(mask, name) is not None
+        }
+        if padded:
+            mask = replace(mask, **padded, _cache={})
         if hasattr(tensor, "mask_mod"):  # it counts from the first query and key of the call
             host = tensor.mask_mod
             mask = replace(mask, rule=lambda b, h, i, j: host(b, h, i - past, j - more) & (j >= more), _cache={})

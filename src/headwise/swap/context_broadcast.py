@@ -131,7 +131,7 @@ def broadcast_context(
         dim = None if mode == "mean" else width(first[0] if where == "mlp_front" else last, where != "mlp_end")
         causal = bool(getattr(block.site.module, "is_causal", False))
         made[block.name] = module = ContextBroadcast(dim, mode, exclude_first=exclude_first, causal=causal)
-        block.module.add_module(MODULE, module.to(last.weight.device, last.weight.dtype))
+        block.module.add_module(MODULE, module.to(next(last.parameters())))
         if where == "mlp_end":
             handles.append(last.register_forward_hook(partial(after, module, seen)))
         for matrix in {"mlp_mid": [last], "mlp_front": first}.get(where, []):
@@ -161,5 +161,6 @@ def before(module: ContextBroadcast, seen: Seen, _: nn.Module, args: tuple) -> t
 
 def width(matrix: nn.Module, entering: bool) -> int:
     """How wide what enters or leaves a matrix is; those of GPT-2 are stored the other way round."""
-    out_in = tuple(matrix.weight.shape) if isinstance(matrix, nn.Linear) else tuple(matrix.weight.shape[::-1])
-    return out_in[1 if entering else 0]
+    shape = next(p.shape for p in matrix.parameters() if p.ndim == 2)
+    out, into = shape if isinstance(matrix, nn.Linear) else shape[::-1]
+    return into if entering else out

@@ -33,8 +33,9 @@ def position_of(site: Site) -> Position | None:
     dim, device = site.W_Q.shape[1], site.W_Q.device
     x = (torch.randn(len(SIZES), TOKENS, dim, generator=generator) * torch.tensor(SIZES)[:, None, None]).to(device)
     own = copy.deepcopy(site.module).float().eval()
-    if hasattr(own, "config"):
-        own.config._attn_implementation = "sdpa"  # a copy's: masks are of one form
+    config: Any = getattr(own, "config", None)
+    if config is not None:
+        config._attn_implementation = "sdpa"  # a copy's: masks are of one form
     found = called(own, x, generator, site.head_dim)
     if found is None:
         return None

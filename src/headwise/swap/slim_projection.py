@@ -36,9 +36,9 @@ class OptimisedAttention(Attention):
                 f"{type(self).__name__}: every head has its own dim / heads channels of the input; got dim={dim}, "
                 f"heads={heads}, kv_heads={self.kv_heads}, head_dim={self.head_dim}, value_dim={self.value_dim}."
             )
-        self.v_proj: nn.Module = nn.Identity()
+        self.v_proj = nn.Identity()  # type: ignore[assignment]
         if self.own_keys:
-            self.k_proj: nn.Module = nn.Identity()
+            self.k_proj = nn.Identity()  # type: ignore[assignment]
 
     def flops(self, queries: int, keys: int | None = None) -> int:
         keys = queries if keys is None else keys
@@ -58,7 +58,8 @@ class OptimisedAttention(Attention):
         made.q_norm, made.k_norm, made.scale = plain.q_norm, plain.k_norm, plain.scale
         group = site.heads // site.kv_heads
         W_Q, W_K, W_V = site.W_Q, site.W_K.repeat_interleave(group, 0), site.W_V.repeat_interleave(group, 0)
-        output, out_bias = W_V @ site.W_O, plain.o_proj.bias  # [head, dim, dim]
+        output = W_V @ site.W_O  # [head, dim, dim]
+        out_bias: Tensor | None = plain.o_proj.bias
         if site.b_V is not None:  # weights sum to 1, so that a value's bias is one of the output
             shift = torch.einsum("hv,hvd->d", site.b_V.repeat_interleave(group, 0), site.W_O)
             out_bias = shift if out_bias is None else out_bias + shift

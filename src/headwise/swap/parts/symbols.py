@@ -17,6 +17,10 @@ class Symbols(nn.Module):
 
     relative: ClassVar[bool] = False
     """Symbols belong to pairs of a query and a key: `symbols.table`, by `symbols.index`."""
+    table: Tensor
+
+    def index(self, i: Int[Tensor, " query"], j: Int[Tensor, " key"]) -> Int[Tensor, "query key"]:
+        raise TypeError(f"{type(self).__name__} has no symbols of pairs.")
 
     def forward(self, x: Float[Tensor, "batch token dim"], places: Places) -> Float[Tensor, "#batch token dim"]:
         raise TypeError(f"{type(self).__name__} must define forward.")
