@@ -11,7 +11,10 @@ import headwise as hw
 from headwise import steer
 from headwise.attention.seam import attention_inputs
 from headwise.models import Opened, open_model
+from headwise.steer.calibration import answer_logprob
 from headwise.steer.positional_hidden import PositionalHiddenScaling
+from headwise.study import tasks
+from headwise.study.evaluate import Asked
 from tests.scan.models import circuit, llama
 
 IDS = torch.randint(3, 200, (1, 12), generator=torch.Generator().manual_seed(0))
@@ -203,6 +206,38 @@ def test_calibration_finds_the_channel_that_hides_the_answer() -> None:
     assert best >= max(*scores.values(), float(steer.option_logprobs(opened, examples[0])[0])) - 1e-5
     again = steer.PositionalHiddenScaling(3, layers=(0, 1)).calibrate(opened, examples, factors=())
     assert (again.channel, again.factor) == (3, 1.0)
+
+
+def test_answers_of_several_tokens_are_scored_as_the_model_would_write_them() -> None:
+    opened, method = llama(), PositionalHiddenScaling(CHANNEL, -3.0, (0, 1))
+    opened.model.double()
+    options = (" pleased with him", " in the house")
+    choice = tasks.Example("the family was so much", options, gold=0)
+
+    def written(method: PositionalHiddenScaling, option: str) -> float:
+        """Token by token through a cache."""
+        ids, text = (opened.encode(t)["input_ids"] for t in (choice.prompt, choice.prompt + option))
+        total, cache = 0.0, None
+        with steer.apply(opened, method), torch.no_grad():
+            for at in range(ids.shape[1], text.shape[1]):
+                start = 0 if cache is None else at - 1
+                out = opened.model(text[:, start:at], past_key_values=cache, use_cache=True)
+                cache = out.past_key_values
+                total += float(out.logits[0, -1].log_softmax(-1)[text[0, at]])
+        return total
+
+    wanted = torch.tensor([written(method, option) for option in options])
+    found = Asked(opened, choice).scores([method])
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=0)
+    assert (found - Asked(opened, choice).scores()).abs().max() > 1e-2
+    example = steer.Example.of(choice)
+    assert answer_logprob(opened, [example], method) == pytest.approx(float(wanted[0]), abs=1e-4)
+    scores = {f: written(PositionalHiddenScaling(CHANNEL, f, (0, 1)), options[0]) for f in (1.0, 0.0, -3.0, 4.0)}
+    best = max(scores, key=lambda f: scores[f])
+    assert (
+        PositionalHiddenScaling(CHANNEL, 0.0, (0, 1)).calibrate(opened, [choice], factors=tuple(scores)).factor == best
+    )
+    assert best != 1.0
 
 
 def test_what_a_module_would_attend_with_is_what_it_does() -> None:

@@ -95,7 +95,8 @@ def answer_logprob(opened: Opened, examples: Sequence[Example], method: Method) 
         shared = shared_tokens(batch["input_ids"][0], text, example.answer)
         parts = example.segments(opened).extend(len(text) - 1)
         parts = Segments(parts.names, parts.labels[..., : len(text) - 1])
-        with apply(opened, method.prepare(opened, batch), segments=parts), torch.no_grad():
+        ready = method.prepare(opened, batch).answering(len(text) - shared)
+        with apply(opened, ready, segments=parts), torch.no_grad():
             chances = opened.model(input_ids=text[None, :-1]).logits[0, shared - 1 :].float().log_softmax(-1)
         total += float(chances.gather(-1, text[shared:, None]).sum())
     return total / len(examples)

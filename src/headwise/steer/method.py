@@ -52,6 +52,11 @@ class Method:
         """The method made ready for one prompt; a method that does not look at prompts is ready as it is."""
         return self
 
+    def answering(self, rows: int) -> Self:
+        """The method for a text that holds an answer already, as it is scored: the last `rows` queries write it, each
+        of which would be the last of its own forward pass if the model wrote it."""
+        return self
+
     def edits(self, opened: Opened) -> list[Edit]:
         """The changes of attention calls. A setting that changes nothing gives none, so that the model stays bit-equal
         to itself."""

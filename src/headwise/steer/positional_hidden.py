@@ -29,7 +29,7 @@ from headwise.models.anatomy import Site
 from headwise.models.projections import fused_order, matrix_or_none
 from headwise.models.weights import heads_of
 from headwise.paper import Paper
-from headwise.steer.choices import Choice, many_logprobs
+from headwise.steer.choices import Choice, many_logprobs, shared_tokens, single_tokens
 from headwise.steer.method import Method, apply
 
 MIDDLE = (10 / 32, 25 / 32)
@@ -42,8 +42,9 @@ _plain: WeakKeyDictionary[nn.Module, tuple[Tensor, Tensor, Tensor] | None] = Wea
 @dataclass(frozen=True)
 class PositionalHiddenScaling(Method):
     """Scales `channel` by `factor` (the paper's best are 0 and -1) in layers `layers` (first and last; None: 10 to 25
-    of 32, at the model's depth), for the last `last_rows` queries of each sample: those of the answer plus one, where
-    an answer is scored. Tokens before position `skip_first`, as the model is told positions, are not scaled.
+    of 32, at the model's depth), for the last `last_rows` queries of each sample. Where an answer of several tokens is
+    scored in one pass, these are to be the answer's tokens plus one: `calibrate` and `study.evaluate` see to that,
+    `option_logprobs` can't. Tokens before position `skip_first`, as the model is told positions, are not scaled.
     `change_value` scales the values too."""
 
     channel: int
@@ -91,6 +92,9 @@ class PositionalHiddenScaling(Method):
                 f"{high}."
             )
         return chosen
+
+    def answering(self, rows: int) -> Self:
+        return replace(self, last_rows=self.last_rows + rows - 1) if self.last_rows else self
 
     @property
     def neutral(self) -> bool:
@@ -190,8 +194,7 @@ class PositionalHiddenScaling(Method):
         changes nothing, is always among them: where nothing helps, nothing is changed."""
 
         def score(method: Self) -> float:
-            with apply(opened, method):
-                return gold_logprob(opened, examples)
+            return gold_logprob(opened, examples, method)
 
         alone = [replace(self, channel=channel) for channel in (channels or [self.channel])]
         best = alone[0] if len(alone) == 1 else max(alone, key=score)
@@ -203,12 +206,29 @@ def cached(kwargs: dict[str, Any], layer: int) -> int:
     return max((int(x.get_seq_length(layer)) for x in kwargs.values() if hasattr(x, "get_seq_length")), default=0)
 
 
-def gold_logprob(opened: Opened, examples: Sequence[Choice]) -> float:
-    """Mean log-probability (nats) of the right answers."""
+def gold_logprob(opened: Opened, examples: Sequence[Choice], method: Method) -> float:
+    """Mean log-probability (nats) of the right answers under a method, all of their tokens written by it."""
     if not examples or any(example.gold is None for example in examples):
         raise HeadwiseError("examples: wanted one or more Choices whose gold is known.")
-    found = many_logprobs(opened, examples)
-    return sum(float(p[e.gold]) for p, e in zip(found, examples, strict=True)) / len(examples)  # type: ignore[index]
+    alike: dict[int, list[Choice]] = {}
+    for example in examples:
+        alike.setdefault(answer_rows(opened, example), []).append(example)
+    total = 0.0
+    for rows, some in alike.items():
+        with apply(opened, method.answering(rows)):
+            found = many_logprobs(opened, some)
+        total += sum(float(p[e.gold]) for p, e in zip(found, some, strict=True))  # type: ignore[index]
+    return total / len(examples)
+
+
+def answer_rows(opened: Opened, example: Choice) -> int:
+    """How many queries of the pass that scores the right answer write it, the one behind it included."""
+    prompt = opened.encode(example.prompt)["input_ids"][0]
+    if single_tokens(opened, example, prompt) is not None:
+        return 1
+    answer = example.options[example.gold]  # type: ignore[index]
+    text = opened.encode(example.prompt + answer)["input_ids"][0]
+    return len(text) - shared_tokens(prompt, text, answer) + 1
 
 
 def scalable(site: Site) -> bool:

@@ -107,6 +107,7 @@ class Asked:
     def continued(self, number: int, methods: Sequence[Method]) -> Float[Tensor, ""]:
         text = self.texts[number]
         shared = shared_tokens(self.prompt, text, self.example.options[number])
+        methods = [method.answering(len(text) - shared + 1) for method in methods]
         with steered(self.opened, methods, self.segments.extend(len(text))):
             chances = self.opened.model(input_ids=text[None]).logits[0, shared - 1 : -1].float().log_softmax(-1)
         return chances.gather(-1, text[shared:, None]).sum()
@@ -172,7 +173,8 @@ def perplexity(
     start: int = 1,
 ) -> float:
     """e to the mean loss per token on evenly spread windows of the text. `segments` name the tokens of every window for
-    methods that speak of them; the loss is that of the tokens from place `start` on."""
+    methods that speak of them; the loss is that of the tokens from place `start` on, as
+    the model would write them."""
     check_writes(opened)
     ids = opened.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"][0]
     if len(ids) < length:
@@ -182,7 +184,7 @@ def perplexity(
     losses = []
     for first in np.linspace(0, len(ids) - length, windows).astype(int):
         window = ids[None, first : first + length].to(opened.device)
-        ready = [method.prepare(opened, {"input_ids": window}) for method in methods]
+        ready = [method.prepare(opened, {"input_ids": window}).answering(length - start + 1) for method in methods]
         with steered(opened, ready, segments), torch.no_grad():
             logits = opened.model(input_ids=window).logits
         losses.append(float(torch.nn.functional.cross_entropy(logits[0, start - 1 : -1].float(), window[0, start:])))
