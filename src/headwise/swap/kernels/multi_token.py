@@ -8,6 +8,8 @@ heads, becomes weights and output in `multi_token_block.py`. Blocks are of one s
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -57,7 +59,7 @@ def multi_token_attention(
     looked = features.shape[3] // dim
     v = F.pad(v, (0, 0, 0, -keys % STEP)).repeat_interleave(heads // v.shape[1], 1)
     q = F.pad(q, (0, 0, looked - 1, 0))
-    tensors = [
+    tensors: list[Any] = [
         None if x is None else x.contiguous()
         for x in (
             q.flatten(0, 1), features.flatten(0, 1), v.flatten(0, 1), band, pre_mixing, matrices(post_kernel, q),
@@ -66,7 +68,8 @@ def multi_token_attention(
     ]  # fmt: skip
     back = None if post_kernel is None else matrices(post_kernel.detach().flip(2), q)
     valid = None if key_valid is None else key_valid.contiguous().view(torch.uint8)
-    given = Given(*tensors, back, valid, scale, causal, offset, queries, keys, heads, groups)
+    settings: list[Any] = [back, valid, scale, causal, offset, queries, keys, heads, groups]
+    given = Given(*tensors, *settings)
     return _MultiToken.apply(given, *tensors).unflatten(0, (batch, heads))
 
 
@@ -92,7 +95,9 @@ class _MultiToken(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, do):  # type: ignore[no-untyped-def]
         given, do = ctx.given, do.contiguous()
-        grads = {name: None if x is None else torch.zeros_like(x, dtype=torch.float32) for name, x in given.tensors()}
+        grads: dict[str, Any] = {
+            name: None if x is None else torch.zeros_like(x, dtype=torch.float32) for name, x in given.tensors()
+        }
         for lanes in given.lanes():
             for start, stop in given.rows():
                 Block(given, lanes, start, stop).back(do[lanes, start:stop], grads)

@@ -113,6 +113,7 @@ class Block:
             d = self.mix(self.mixing.mT, d)
         if given.taps is not None:
             self.taps_back(d, grads["taps"])
+            assert given.back is not None
             d = self.convolved(d, given.back, back=True)
         parts = d.new_empty(0) if given.pre is None else d.new_empty(
             (self.count // given.each, self.height, given.each, given.each), dtype=torch.float32
