@@ -282,6 +282,24 @@ def test_methods_stack_in_the_order_given(opened: Opened) -> None:
         assert torch.allclose(both, logits(opened), atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ACTIVE)
+def test_every_pair_of_methods_stacks_and_is_undone(opened: Opened, name: str) -> None:
+    """Stacked is nested: the outer first. ConceptHeads and ScaleHeads here turn the same head around twice."""
+    before = logits(opened)
+    for other in (one for one in ACTIVE if one != name):
+        with steer.apply(opened, ACTIVE[name], ACTIVE[other], segments=PARTS):
+            stacked = logits(opened)
+        with steer.apply(opened, ACTIVE[name], segments=PARTS):
+            alone = logits(opened)
+            with steer.apply(opened, ACTIVE[other]):
+                nested = logits(opened)
+            assert torch.equal(logits(opened), alone)
+        torch.testing.assert_close(nested, stacked, atol=1e-5, rtol=1e-4, msg=f"{name} and {other}")
+        assert stacked.isfinite().all()
+        assert torch.equal(logits(opened), before)
+        assert {name, other} == {"ConceptHeads", "ScaleHeads"} or not torch.equal(stacked, before)
+
+
 def test_the_order_of_methods_counts_within_a_kind_of_edit(opened: Opened) -> None:
     """Two re-weightings, each by what the one before it left, written out."""
     split = steer.SplitSoftmax("span", tau=0.5)
