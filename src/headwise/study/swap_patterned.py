@@ -144,7 +144,10 @@ def patterned_encoder(
         verdict="untestable" if min(found[none]) <= BLIND else "holds" if always and rising else "fails",
         reason=(
             f"F1 after {steps} steps, by heads of a pattern in every layer: "
-            + ", ".join(f"{name}: {np.round(x, 3).tolist()}" for name, x in found.items())
+            + ", ".join(
+                f"{m} ({HEADS - m * len(swap.PATTERNS)} of {HEADS} free): {np.round(found[str(m)], 3).tolist()}"
+                for m in heads_per_pattern
+            )
             + "."
         ),
         model=f"encoders of {LAYERS} layers and width {DIM}, trained here",
