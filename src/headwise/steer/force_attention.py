@@ -26,7 +26,8 @@ RAISED = 100.0
 class ForceAttention(Method):
     """Heads attend to the tokens of `targets` (positions) with the weights `weights` (None: equally) from the queries
     of `queries` (None: all). The paper repairs a task so: heads that inhibit what they attend to are made to attend
-    to the wrong answers. A query that sees no target yet attends to all it sees equally."""
+    to the wrong answers. A query that sees no target yet attends to all it sees equally. Positions are those of the
+    rows that the model is given, padding included: prompts of different lengths are steered one by one."""
 
     targets: tuple[int, ...]
     heads: Heads = None

@@ -45,7 +45,7 @@ class PositionalHiddenScaling(Method):
     of 32, at the model's depth), for the last `last_rows` queries of each sample. Where an answer of several tokens is
     scored in one pass, these are to be the answer's tokens plus one: `calibrate` and `study.evaluate` see to that,
     `option_logprobs` can't. Tokens before position `skip_first`, as the model is told positions, are not scaled.
-    `change_value` scales the values too."""
+    `change_value` scales the values too. A layer takes one such method at a time."""
 
     channel: int
     factor: float = 0.0
