@@ -152,7 +152,7 @@ CASES: dict[str, list[Case]] = {
         Case(lambda d, h, k, p: projections(d, h, k, p) + 2, {"order": 3, "inner": "self", "gate": 0.5}, kv_heads=2),
         Case(projections, {"inner": "full", "position": swap.Rope()}, kv_heads=2),
         Case(
-            lambda d, h, k, p: projections(d, h, k, p) + 3 * d * h * p + 3 * d * k * p,
+            lambda d, h, k, p: 4 * d * h * p + 4 * d * k * p,
             {"shared": False},
             kv_heads=2,
         ),

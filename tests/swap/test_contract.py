@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -103,6 +104,20 @@ def test_a_row_of_padding_is_finite_with_its_gradients(name: str, case: Case):
     (grad,) = torch.autograd.grad(y.sum(), x)
     assert y.isfinite().all()
     assert grad.isfinite().all()
+
+
+@pytest.mark.parametrize("name,case", ALL)
+def test_trains_under_autocast(name: str, case: Case):
+    layer = make(name, replace(case, own=copy.deepcopy(case.own)), swap.MECHANISMS[name].causal_too).float().train()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(tokens().float())
+    (y.float().square().mean() + (0 if layer.aux_loss is None else layer.aux_loss)).backward()
+    idle = {name for name, p in layer.named_parameters() if p.grad is None}
+    assert idle <= {"k_embed"}  # of head embeddings that are added, where nothing turns the keys
+    if layer.causal:
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            cache = swap.Cache()
+            assert all(layer.eval()(part, cache=cache).isfinite().all() for part in tokens().float().split(6, 1))
 
 
 @pytest.mark.parametrize("name,case", CAUSAL)

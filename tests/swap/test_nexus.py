@@ -56,6 +56,15 @@ def test_inner_layers_of_their_own():
     torch.testing.assert_close(layer(x)[0], layer.o_proj(z), rtol=0, atol=1e-12)
 
 
+def test_inner_layers_of_their_own_leave_no_parameter_idle():
+    model = llama()
+    with swap.convert(model, "nexus_attention", shared=False, gate=None) as conversion:
+        (layer, *_) = conversion.mechanisms.values()
+        assert not hasattr(layer, "q_proj")
+        model(torch.arange(4, 9)[None])[0].sum().backward()
+        assert all(p.grad is not None for p in layer.parameters())
+
+
 @pytest.mark.parametrize("own", [{"order": 1}, {"gate": 0.0}, {"gate": 0.0, "inner": "self", "order": 3}])
 def test_is_plain_attention(own: dict):
     own = own | {"kv_heads": 2, "position": swap.Rope()}

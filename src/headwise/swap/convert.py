@@ -71,7 +71,7 @@ def convert(
     `layers`: None for all, numbers from 0, or a layout by name: "all", "odd", "even", "25%", "first", "last",
     "bilateral" (counted from 1, as "Deconstructing Attention", arXiv 2510.11602, does), "every4" and so on. `own`:
     what the mechanism is made with beside its sizes; `causal=True` where a host says so only in its calls (CLIP's
-    text). The model is changed in place until `undo()`.
+    text). The model is changed in place until `undo()`. Dropout of attention weights is not taken over.
 
     Refused are layers that do what the mechanisms know nothing of: before anything is changed, every layer is called by
     itself, and attention by its weights must give the same.

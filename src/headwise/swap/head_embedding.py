@@ -32,7 +32,7 @@ class HeadEmbeddingAttention(Attention):
 
     Embeddings start from a normal distribution of standard deviation `init_std`: at 0 all heads would be one. Leave
     them out of weight decay, which makes the heads alike. They act before a rotation, so that with rotary positions
-    e^K of add has an effect; `qk_norm` acts on the shared queries and keys, before them.
+    e^K of add has an effect (without, it gets no gradient); `qk_norm` acts on the shared queries and keys, before them.
     """
 
     paper: ClassVar[Paper] = Paper(

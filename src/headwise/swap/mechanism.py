@@ -135,6 +135,7 @@ class Mechanism(nn.Module):
 
 
 def aux_loss(model: nn.Module) -> Float[Tensor, ""] | None:
-    """The sum of what the mechanisms of a model ask to be added to its loss; None where none does."""
+    """The sum of what the mechanisms of a model ask to be added to its loss; None where none does. Reentrant gradient
+    checkpointing, which isn't the default of transformers, leaves it without a gradient."""
     asked = [m.aux_loss for m in model.modules() if isinstance(m, Mechanism) and m.aux_loss is not None]
     return torch.stack(asked).sum() if asked else None

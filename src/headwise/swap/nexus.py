@@ -31,9 +31,10 @@ class NexusAttention(Attention):
       must be dim).
 
     `shared=False` (order 2): two inner layers with weights of their own, `Q = A_q x W_V^q`, `K = A_k x W_V^k`, an
-    ablation with far more parameters. `gate`: `Q <- Q + tanh(g) (inner - Q)`, keys alike, g learned, one for each order
-    above 1, from that start; without it there are no parameters beyond the projections. A trained layer starts with
-    `gate=0.0`: equal output at step 0 (the gate is an addition of headwise).
+    ablation with far more parameters, which has no W_Q and W_K beside these unless there is a gate. `gate`: `Q <- Q +
+    tanh(g) (inner - Q)`, keys alike, g learned, one for each order above 1, from that start; without it there are no
+    parameters beyond the projections. A trained layer starts with `gate=0.0`: equal output at step 0 (the gate is an
+    addition of headwise).
 
     What is mixed is not turned by positions; what is compared is. With grouped keys the inner maps are those of the
     query heads, and the refined keys of a group are averaged. Readings see the outer map, edits act on all; with
@@ -66,6 +67,13 @@ class NexusAttention(Attention):
         self.gate = None if gate is None else nn.Parameter(torch.full((order - 1,), float(gate)))
         self.inner_q = None if shared else Projections(dim, heads, self.kv_heads, heads, self.head_dim)
         self.inner_k = None if shared else Projections(dim, heads, self.kv_heads, self.kv_heads, self.head_dim)
+        if not shared and gate is None:
+            self.leave_out()
+
+    def leave_out(self) -> None:
+        """Queries and keys of its own, where those of the inner layers stand for them altogether."""
+        self.gate = None
+        del self.q_proj, self.k_proj
 
     def forward(
         self,
@@ -79,11 +87,15 @@ class NexusAttention(Attention):
             raise HeadwiseError("NexusAttention: queries and keys are mixed within one sequence: leave out context.")
         entries = self.entries(cache, None)
         level = Level(self, self.places(x, positions, entries), self.visible(mask, len(x)), entries)
-        q, k, v = self.raw_queries(x), self.raw_keys(x), split(self.v_proj(x), self.kv_heads)
-        for order in range(1, self.order):
-            mixed = self.mix(level, order, q, k, v, x)
-            share = None if self.gate is None else torch.tanh(self.gate[order - 1])
-            q, k = (m if share is None else torch.lerp(old, m, share) for old, m in zip((q, k), mixed, strict=True))
+        v = split(self.v_proj(x), self.kv_heads)
+        if not self.shared and self.gate is None:
+            q, k = self.apart(level, x)
+        else:
+            q, k = self.raw_queries(x), self.raw_keys(x)
+            for order in range(1, self.order):
+                mixed = self.mix(level, order, q, k, v, x)
+                share = None if self.gate is None else torch.tanh(self.gate[order - 1])
+                q, k = (m if share is None else torch.lerp(old, m, share) for old, m in zip((q, k), mixed, strict=True))
         z = level.attend("outer", q, k, v)
         if entries is not None:
             entries.length += x.shape[1]
@@ -94,9 +106,8 @@ class NexusAttention(Attention):
 
     def mix(self, level: Level, order: int, q: Heads, k: Heads, v: Heads, x: Tensor) -> tuple[Heads, Heads]:
         """The queries and keys of the next order."""
-        if self.inner_q is not None and self.inner_k is not None:
-            mixed_q = level.attend("q", *self.inner_q(x))
-            return mixed_q, self.grouped(level.attend("k", *self.inner_k(x)))
+        if not self.shared:
+            return self.apart(level, x)
         if self.inner == "full":
             z = merge(level.attend(f"{order}", q, k, v))
             return self.raw_queries(z), self.raw_keys(z)
@@ -105,6 +116,12 @@ class NexusAttention(Attention):
             return level.attend(f"{order} q", q, q, q), self.grouped(level.attend(f"{order} k", every, every, every))
         mixed_q, mixed_k = level.attend(f"{order}", q, every, torch.cat([q, every], -1)).chunk(2, -1)
         return mixed_q, self.grouped(mixed_k)
+
+    def apart(self, level: Level, x: Float[Tensor, "batch token dim"]) -> tuple[Heads, Heads]:
+        """Queries and keys from the inner layers with weights of their own."""
+        assert self.inner_q is not None
+        assert self.inner_k is not None
+        return level.attend("q", *self.inner_q(x)), self.grouped(level.attend("k", *self.inner_k(x)))
 
     def grouped(self, k: Heads) -> Heads:
         """The mean of each group's refined keys."""
@@ -121,11 +138,19 @@ class NexusAttention(Attention):
             inner += sum(2 * queries * p.numel() for m in (self.inner_q, self.inner_k) if m for p in m.parameters())
         elif self.inner == "full":
             inner += 2 * queries * self.dim * (self.heads + self.kv_heads) * self.head_dim
-        return super().flops(queries, keys) + (self.order - 1) * inner
+        own = 0
+        if not self.shared and self.gate is None:  # neither queries nor keys of its own
+            own = 2 * self.dim * self.head_dim * (queries * self.heads + keys * self.kv_heads)
+        return super().flops(queries, keys) - own + (self.order - 1) * inner
 
     @classmethod
     def from_site(cls, site: Site, causal: bool, **own: Any) -> Self:
-        return super().from_site(site, causal, **{"gate": 0.0, **own})
+        own = {"gate": 0.0, **own}
+        if own.get("shared", True) or own["gate"] is not None:
+            return super().from_site(site, causal, **own)
+        made = super().from_site(site, causal, **{**own, "gate": 0.0})
+        made.leave_out()
+        return made
 
 
 class Level:

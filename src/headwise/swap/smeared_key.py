@@ -70,7 +70,7 @@ class SmearedKey(Attention):
         before = torch.cat([keys[:, :, :1] if self._before is None else self._before, keys[:, :, :-1]], 2)
         self._before = keys[:, :, -1:]
         assert self._joined is not None
-        return torch.where(self._joined, torch.lerp(before, keys, torch.sigmoid(self.alpha)), keys)
+        return torch.where(self._joined, torch.lerp(before, keys, torch.sigmoid(self.alpha).to(keys)), keys)
 
 
 def joined(mask: Mask, first: int, x: Float[Tensor, "batch token dim"]) -> Bool[Tensor, "#batch one token one"]:
