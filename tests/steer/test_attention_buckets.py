@@ -184,9 +184,10 @@ def test_a_recipe_keeps_it(opened: Opened, tmp_path: object) -> None:
     ("make", "words"),
     [
         (lambda: steer.AttentionBuckets(()), r"ratios=.*got \(\)"),
+        (lambda: steer.AttentionBuckets(("1",)), r"ratios=.*a number; got \('1',\)"),
         (lambda: steer.AttentionBuckets((1.0, -2.0)), "ratios="),
         (lambda: steer.AttentionBuckets(mix="mean"), 'mix=.*"logits" or "probs"; got \'mean\''),
-        (lambda: steer.AttentionBuckets(confidence="luck"), "confidence=.*neg_entropy; got 'luck'"),
+        (lambda: steer.AttentionBuckets(confidence="luck"), 'confidence=.*"neg_entropy"; got .luck.'),
         (lambda: steer.choose_buckets(llama(), n=0), "n= of 1 to"),
         (lambda: steer.choose_buckets(bert()), "rotary"),
         (lambda: METHOD.logits(bert(), {"input_ids": IDS}), "needs a decoder-only language model with rotary"),
@@ -199,7 +200,19 @@ def test_bad_input_is_named(make: object, words: str) -> None:
         make()  # type: ignore[operator]
 
 
+def test_a_model_is_called_in_any_way(opened: Opened) -> None:
+    with steer.apply(opened, METHOD), torch.no_grad():
+        expected = opened.model(input_ids=IDS, attention_mask=MASK).logits
+        assert torch.equal(opened.model(IDS, MASK).logits, expected)
+        assert torch.equal(opened.model(IDS, MASK, return_dict=False)[0], expected)
+
+
 def test_what_cannot_be_copied_is_refused(opened: Opened) -> None:
+    with pytest.raises(HeadwiseError, match="copies already"), steer.apply(opened, METHOD, METHOD):
+        pass
+    with pytest.raises(HeadwiseError, match="copies already"), steer.apply(opened, METHOD), steer.apply(opened, METHOD):
+        pass
+    assert not opened.model._forward_pre_hooks
     cache = opened.model(IDS, past_key_values=DynamicCache()).past_key_values
     with steer.apply(opened, METHOD), pytest.raises(HeadwiseError, match="holds 2 rows, not 6"):
         opened.model(IDS[:, :1], past_key_values=cache)

@@ -152,10 +152,7 @@ def made(name: str, settings: list[str]) -> Method:
         raise HeadwiseError(
             f"{kind.__name__} cannot be made without {', '.join(f'--set {name}=...' for name in wanted)}."
         )
-    try:
-        return kind(**values)
-    except TypeError as error:
-        raise HeadwiseError(f"--set: {kind.__name__} cannot be made ({error}).") from None
+    return kind(**values)
 
 
 def _value(given: str) -> Any:

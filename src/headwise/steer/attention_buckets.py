@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from inspect import signature
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -43,7 +44,8 @@ CONFIDENCE: dict[str, Callable[[Tensor], Tensor]] = {
 class AttentionBuckets(Method):
     """`ratios` are the bases as multiples of the model's own. Under `apply` the model takes and gives what it always
     does, in `generate()` with beams and all caches too: the copies are made on the way in, and mixed on the way out. A
-    cache filled before holds no copies and is refused.
+    cache filled before holds no copies and is refused. What else the model gives, its hidden states among it, has a row
+    a copy.
 
     Prefill costs N times the plain model; a token less, as the copies share the reading of the weights. A large ratio
     harms the model: try each alone on some text (`study.evaluate.perplexity`) and leave out what harms."""
@@ -59,15 +61,10 @@ class AttentionBuckets(Method):
     )
 
     def __post_init__(self) -> None:
-        if not self.ratios or not all(isinstance(r, int | float) and 0 < r < float("inf") for r in self.ratios):
+        super().__post_init__()
+        if not self.ratios or not all(0 < ratio < float("inf") for ratio in self.ratios):
             raise HeadwiseError(
                 f"AttentionBuckets(ratios=...) must be one or more numbers above 0; got {self.ratios!r}."
-            )
-        if self.mix not in ("logits", "probs"):
-            raise HeadwiseError(f'AttentionBuckets(mix=...) must be "logits" or "probs"; got {self.mix!r}.')
-        if self.confidence not in CONFIDENCE:
-            raise HeadwiseError(
-                f"AttentionBuckets(confidence=...) must be one of {', '.join(CONFIDENCE)}; got {self.confidence!r}."
             )
 
     @property
@@ -95,6 +92,9 @@ class AttentionBuckets(Method):
         if self.plain:
             yield
             return
+        hooks = opened.model._forward_pre_hooks.values()
+        if any(isinstance(getattr(hook, "__self__", None), AttentionBuckets) for hook in hooks):
+            raise HeadwiseError("AttentionBuckets: the model has its copies already: give all ratios to one method.")
         # In front of all others: what they see of the inputs is the batch the model runs.
         before = opened.model.register_forward_pre_hook(self._multiply, with_kwargs=True, prepend=True)
         after = opened.model.register_forward_hook(self._merge)
@@ -148,16 +148,17 @@ class AttentionBuckets(Method):
         return out.to(logits.dtype), weights.transpose(1, 2)
 
     def _multiply(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        if args:
-            kwargs, args = {"input_ids": args[0], **kwargs}, args[1:]
-        given = self.copies(kwargs)
+        given = self.copies(dict(zip(signature(model.forward).parameters, args, strict=False)) | kwargs)
         cache = given.get("past_key_values")
         if cache is not None:
             follow(cache, len(self.ratios), len(given.get("input_ids", given.get("inputs_embeds"))))
-        return args, given
+        return (), given
 
-    def _merge(self, model: nn.Module, args: Any, output: Any) -> None:
+    def _merge(self, model: nn.Module, args: Any, output: Any) -> Any:
+        if isinstance(output, tuple):  # as `return_dict=False` wants it
+            return self.mixed(output[0])[0], *output[1:]
         output.logits = self.mixed(output.logits)[0]
+        return output
 
 
 def text_rotary(opened: Opened) -> Rotary | None:
