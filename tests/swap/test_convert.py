@@ -126,6 +126,22 @@ def test_round_trip_of_a_model_that_is_written_by_other_names(tmp_path):
         assert torch.equal(swap.load(tmp_path)(pixels)[0], model(pixels)[0])
 
 
+@pytest.mark.parametrize(
+    "text,message",
+    [
+        ("[]", r"headwise_swap.json doesn't say what stands where"),
+        ('{"model.layers.0.self_attn": {}}', r"headwise_swap.json doesn't say what stands where: KeyError"),
+        ('{"layer": {"mechanism": "attention", "own": {}}}', r"LlamaForCausalLM has no layer layer"),
+        ('{"model.layers.0.self_attn": {"mechanism": "mine", "own": {}}}', r"one of attention.*got 'mine'"),
+    ],
+)
+def test_a_file_that_says_something_else_is_refused(tmp_path, text, message):
+    swap.convert(llama(), "attention").save(tmp_path)
+    (tmp_path / "headwise_swap.json").write_text(text)
+    with pytest.raises(HeadwiseError, match=message):
+        swap.load(tmp_path)
+
+
 def test_nothing_is_written_that_could_not_be_read(tmp_path):
     conversion = swap.convert(llama(), "attention", normaliser=swap.Entmax(1.5))
     with pytest.raises(HeadwiseError, match="save: Object of type Entmax is not JSON"):

@@ -131,15 +131,20 @@ def load(folder: str | Path, **model_kwargs: Any) -> nn.Module:
     folder = Path(folder)
     if not (folder / FILE).is_file():
         raise HeadwiseError(f"load: {folder} holds no {FILE}: it was not written by Conversion.save.")
-    recipes = json.loads((folder / FILE).read_text())
+    try:
+        recipes = {n: (str(r["mechanism"]), dict(r["own"])) for n, r in json.loads((folder / FILE).read_text()).items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise HeadwiseError(f"load: {folder / FILE} doesn't say what stands where: {error!r}.") from None
     config = transformers.AutoConfig.from_pretrained(folder)
     kind = getattr(transformers, config.architectures[0], None)
     if kind is None:
         raise HeadwiseError(f"load: transformers has no {config.architectures[0]}.")
     model = kind._from_config(config, **{"dtype": config.dtype, **model_kwargs})
     by_name = {site.name: site for site in find_sites(model)}
-    for name, recipe in recipes.items():
-        replace(model, by_name[name], named(recipe["mechanism"]), recipe["own"])
+    for name, (mechanism, own) in recipes.items():
+        if name not in by_name:
+            raise HeadwiseError(f"load: {type(model).__name__} has no layer {name}.")
+        replace(model, by_name[name], named(mechanism), own)
     state: dict[str, Any] = {}
     for file in sorted(folder.glob("*.safetensors")):
         state.update(load_file(file))
