@@ -61,7 +61,9 @@ def show_study(name: Annotated[str, typer.Argument(help="A name from `headwise s
 @app.command("evaluate")
 def evaluate_steered(
     model: Annotated[str, typer.Argument(help="zoo:llm, a hub id, a folder or a GGUF file.")],
-    task: Annotated[str, typer.Option(help="documents, key_values, sentiment, topic, ioi or coloured_objects.")] = "documents",
+    task: Annotated[
+        str, typer.Option(help="documents, key_values, sentiment, topic, ioi or coloured_objects.")
+    ] = "documents",
     steer: Annotated[Path | None, typer.Option(help="A recipe that `headwise steer try --save` wrote.")] = None,
     count: Annotated[int, typer.Option(min=2, help="How many examples.")] = 40,
     seed: Annotated[int, typer.Option(help="Another seed makes other examples.")] = 0,

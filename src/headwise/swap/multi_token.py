@@ -51,7 +51,8 @@ class MultiTokenAttention(Attention):
 
     Kernels `[heads, c_q, c_k]` start as the identity, a 1 in the last row's middle, so that all but norm and gate start
     as plain attention. Scores that are not seen count as 0. A kernel reaches no key that the query itself doesn't see:
-    documents packed behind one another stay apart. It looks back over queries in the form that is not causal too.
+    documents packed behind one another stay apart. It looks back over queries in the form that is not causal too, where
+    padding belongs on the right: rows of padding before a sample's own would be convolved with them.
 
     In a trained layer norm and gate are left out by default: equal output at the start. A cache holds the last
     `c_q - 1` rows of scores and weights beside keys and values. Mixed weights can be negative, and an entropy read from
