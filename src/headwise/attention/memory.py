@@ -3,8 +3,8 @@
 Small things that stay, allocated among a forward's large temporaries, pin the C heap: after a few scans of 4,096 tokens
 it held 700 MB of holes. `malloc_trim` (glibc) gives them back, but every page given back is fetched again: after every
 layer this cost a tenth of a scan. For the same reason a batch of long prompts costs more on a CPU than its rows one by
-one: above some megabytes glibc gives an array back as soon as it is freed, and every layer fetches its pages again
-(three rows of 512 tokens in a 135M model: 300,000 page faults, a tenth of the time). Elsewhere there is no need.
+one: above some megabytes glibc gives an array back as soon as it is freed, and every layer fetches its pages again.
+Elsewhere there is no need.
 """
 
 import ctypes

@@ -173,8 +173,7 @@ def perplexity(
     start: int = 1,
 ) -> float:
     """e to the mean loss per token on evenly spread windows of the text. `segments` name the tokens of every window for
-    methods that speak of them; the loss is that of the tokens from place `start` on, as
-    the model would write them."""
+    methods that speak of them; the loss is that of the tokens from place `start` on, as the model would write them."""
     check_writes(opened)
     ids = opened.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"][0]
     if len(ids) < length:
