@@ -35,7 +35,7 @@ lint: .venv/.installed-dev  ## ruff: lint and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-types: .venv/.installed-dev  ## mypy on attention/ and models/
+types: .venv/.installed-dev  ## mypy on attention/, models/ and swap/
 	$(BIN)/mypy
 
 layers: .venv/.installed-dev  ## import-linter: dependencies run downwards only
