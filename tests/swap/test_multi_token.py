@@ -7,6 +7,7 @@ import torch
 
 from headwise import swap
 from headwise.attention import LogSumExp, Map, attend
+from headwise.attention.mask import Mask
 from headwise.errors import HeadwiseError
 from headwise.swap import multi_token
 from tests.models.tiny import llama
@@ -130,6 +131,31 @@ def test_packed_documents_stay_apart():
     mask = (document[:, None] == document)[None, None]
     alone = torch.cat([layer(x[:, :4]), layer(x[:, 4:])], 1)
     torch.testing.assert_close(layer(x, mask=mask), alone, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("path", ["dense", "kernel"])
+@pytest.mark.parametrize("kind", ["keys", "pairs", "added", "rule"])
+@pytest.mark.parametrize("causal", [True, False])
+def test_padding_on_the_left_changes_no_token(causal: bool, kind: str, path: str, monkeypatch: pytest.MonkeyPatch):
+    layer, x, lead = make(causal=causal, position=swap.Rope()), tokens(2, 14), 5
+    valid = torch.ones(2, 14, dtype=torch.bool)
+    valid[0, :lead] = False
+    right = 0 if causal else None
+    mask = {
+        "keys": valid,
+        "pairs": valid[:, None, None],
+        "added": Mask(right=right, added=(~valid[:, None, None]).double() * torch.finfo(torch.float64).min, batch=2),
+        "rule": Mask(right=right, rule=lambda b, h, i, j: valid[b, j], batch=2),
+    }[kind]
+    if path == "kernel":
+        monkeypatch.setattr(multi_token, "DENSE_PLACES", 0)
+        monkeypatch.setattr(multi_token, "PLACES", 14)  # blocks of as many rows as one reaches back
+    with torch.no_grad():
+        with attend(layer) as run:
+            y = layer(x, mask=mask)
+        assert [taken for taken, _ in run.paths.values()] == [path]
+        torch.testing.assert_close(y[:1, lead:], layer(x[:1, lead:]), rtol=0, atol=1e-12)
+        torch.testing.assert_close(y[1:], layer(x[1:]), rtol=0, atol=1e-12)
 
 
 def test_blocks_of_rows_equal_the_whole(monkeypatch: pytest.MonkeyPatch):

@@ -51,8 +51,8 @@ class MultiTokenAttention(Attention):
 
     Kernels `[heads, c_q, c_k]` start as the identity, a 1 in the last row's middle, so that all but norm and gate start
     as plain attention. Scores that are not seen count as 0. A kernel reaches no key that the query itself doesn't see:
-    documents packed behind one another stay apart. It looks back over queries in the form that is not causal too, where
-    padding belongs on the right: rows of padding before a sample's own would be convolved with them.
+    documents packed behind one another stay apart, and rows before a sample's first token, which are padding, count as
+    0. A mask for a context says nothing of padding among the queries: there it belongs on the right.
 
     In a trained layer norm and gate are left out by default: equal output at the start. A cache holds the last
     `c_q - 1` rows of scores and weights beside keys and values. Mixed weights can be negative, and an entropy read from
@@ -101,7 +101,9 @@ class MultiTokenAttention(Attention):
         here = self.places(x, positions, entries)
         q, k, v = self.project(x, x if context is None else context, here, context is not None)
         seen = self.visible(mask, len(x))
-        form = MultiTokenForm(self, seen, {} if entries is None else dict(entries.states), entries is not None)
+        past = {} if entries is None else dict(entries.states)
+        tokens = None if self.causal or context is not None else tokens_of(seen, x.shape[1], x.device)
+        form = MultiTokenForm(self, seen, past, entries is not None, tokens)
         if entries is not None:
             k, v = entries.extend(k=k, v=v)
             entries.length += x.shape[1]
@@ -131,12 +133,16 @@ class MultiTokenAttention(Attention):
 
 class MultiTokenForm(Form):
     """Scores and weights of one call. `past`: the rows before it, of what is convolved; `last`: those for the next one,
-    which kernels make only where it `keeps` them."""
+    which kernels make only where it `keeps` them. `tokens`: the rows that are not padding before a sample's own; None
+    where all count, or where such padding sees nothing anyway, as in the causal form."""
 
     local = False
 
-    def __init__(self, module: MultiTokenAttention, mask: Mask, past: dict[str, Tensor], keeps: bool = True):
-        self.module, self.mask, self.past, self.keeps = module, mask, past, keeps
+    def __init__(
+        self, module: MultiTokenAttention, mask: Mask, past: dict[str, Tensor], keeps: bool = True,
+        tokens: Bool[Tensor, "#batch query"] | None = None,
+    ):  # fmt: skip
+        self.module, self.mask, self.past, self.keeps, self.tokens = module, mask, past, keeps, tokens
         self.last: dict[str, Tensor] = {}
         after = module.post_kernel is not None or module.post_mixing is not None
         self.softmax = module.normaliser.softmax and not after  # type: ignore[misc]
@@ -144,9 +150,7 @@ class MultiTokenForm(Form):
     def scores(self, q: Heads, k: Heads, call: AttentionCall) -> Matrix:
         s = self.module.score(q, k, call)
         if self.module.pre_kernel is not None:
-            seen = call.mask.dense(call.i, call.j0, call.keys)
-            if call.mask.added is not None:
-                seen = seen & (call.mask.added > BLOCKED)
+            seen = visible(call.mask, call.i, call.j0, call.keys)
             s = self.convolved("scores", s, self.module.pre_kernel, seen)
         return mixed(s, self.module.pre_mixing)
 
@@ -158,7 +162,8 @@ class MultiTokenForm(Form):
 
     def convolved(self, name: str, x: Matrix, kernel: Float[Tensor, "heads c_q c_k"], seen: Tensor) -> Matrix:
         heads, c_q, c_k = kernel.shape
-        x, weight = x.masked_fill(~seen, 0.0), kernel[:, None].to(x.dtype)
+        counted = seen if self.tokens is None else seen & self.tokens[:, None, :, None]
+        x, weight = x.masked_fill(~counted, 0.0), kernel[:, None].to(x.dtype)
         # Later keys are in the future of earlier rows: 0 there.
         past = self.past.get(name, x[:, :, :0])
         rows = torch.cat([F.pad(past, (0, x.shape[3] - past.shape[3])), x], 2)
@@ -211,17 +216,21 @@ class MultiTokenForm(Form):
         if self.keeps and halo:
             with torch.no_grad():
                 self.rows(call, call.queries - 1, call.queries, halo)
+        # Where the order of rows means nothing but who their neighbours are, padding goes behind the sample's own.
+        lead = None if self.tokens is None else (~self.tokens).sum(1)
+        q = call.q if lead is None else turned(call.q, lead)
         with torch.cuda.device(call.q.device), torch.autocast("cuda", enabled=False):
-            return multi_token_attention(
-                call.q, call.k, call.v, call.scale, *own, call.mask.right == 0, call.first - call.j0,
-                call.mask.key_valid,
-            )  # fmt: skip
+            out = multi_token_attention(
+                q, call.k, call.v, call.scale, *own, call.mask.right == 0, call.first - call.j0, call.mask.key_valid
+            )
+        return out if lead is None else turned(out, -lead)
 
     def rows(self, call: AttentionCall, start: int, stop: int, halo: int) -> Heads:
         """Some rows in PyTorch, with the rows before them that their kernels reach: memory is linear in the keys."""
         low = max(0, start - halo)
         part = call.select(torch.arange(low, stop))
-        form = MultiTokenForm(self.module, part.mask, self.past if low == 0 else {})
+        tokens = None if self.tokens is None else self.tokens[:, low:stop]
+        form = MultiTokenForm(self.module, part.mask, self.past if low == 0 else {}, tokens=tokens)
         out, _ = dense(resolve(replace(part, form=form), []), [])
         self.last = form.last
         return out[:, :, start - low :]
@@ -233,3 +242,23 @@ def mixed(x: Matrix, weight: Float[Tensor, "groups out in"] | None) -> Matrix:
         return x
     groups = x.unflatten(1, weight.shape[:2])
     return torch.einsum("goc,bgcij->bgoij", weight.to(x.dtype), groups).flatten(1, 2)
+
+
+def visible(mask: Mask, i: Int[Tensor, " query"], j0: int, keys: int) -> Bool[Tensor, "#batch #heads query key"]:
+    """Which keys these queries see, whatever the mask says it by."""
+    seen = mask.dense(i, j0, keys)
+    return seen if mask.added is None else seen & (mask.added > BLOCKED)
+
+
+def tokens_of(mask: Mask, rows: int, device: torch.device) -> Bool[Tensor, "#batch row"] | None:
+    """Which rows are not before a sample's first token, that is before all keys that any row sees; None: all are."""
+    seen = mask.key_valid
+    if rows and any(x is not None for x in (mask.allowed, mask.added, mask.rule)):
+        seen = visible(mask, torch.arange(rows, device=device), 0, rows).any(1).any(1)
+    return None if seen is None else seen.cumsum(1) > 0
+
+
+def turned(x: Heads, by: Int[Tensor, " batch"]) -> Heads:
+    """Every sample's rows, begun `by` rows later, those before it at the end."""
+    at = (torch.arange(x.shape[2], device=x.device) + by[:, None]) % x.shape[2]
+    return x.gather(2, at[:, None, :, None].expand_as(x))
