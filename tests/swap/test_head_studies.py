@@ -13,6 +13,7 @@ from headwise.study.bench_tasks import TASKS
 from headwise.study.finding import Finding
 from headwise.study.swap_find_block import BLOCKS, SIZE, blocks, error, find_the_block
 from headwise.study.swap_head_embedding import LAYERS, head_embeddings
+from headwise.study.swap_multi_token import multi_token_language
 from headwise.study.swap_train import count, host, pair_bits
 from tests.scan.models import llama
 
@@ -104,6 +105,12 @@ def test_reversed_strings_ask_for_the_other_alphabet():
 def test_find_the_block_runs():
     found = shown(find_the_block(seeds=(0,), steps=2, rows=2))
     assert found["error"].keys() == {"plain", "heads mixed", "multi-token"}
+
+
+def test_multi_token_language_runs():
+    found = shown(multi_token_language(seeds=(0,), steps=2, dim=16))
+    assert found["bits_per_character"].keys() == {"plain", "heads mixed", "norm and gate", "multi-token"}
+    assert found["perplexity_change"].keys() == {"plain", "heads mixed", "norm and gate"}
 
 
 def test_one_block_alone_holds_both_letters():
