@@ -1,14 +1,16 @@
 """Focus directions and soft injection: what they learn, on small random models."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 
 import headwise as hw
 from headwise import steer
-from headwise.models import Opened, Segments
+from headwise.attention.dense import weighed
+from headwise.attention.effects import resolve
+from headwise.models import Opened, Segments, open_model
 from headwise.steer.focus_directions import Cached
+from tests.families.causal import EXPERTS, SMALL
+from tests.families.family import Family, build
 from tests.scan.models import llama
 
 IDS = torch.randint(3, 200, (14,), generator=torch.Generator().manual_seed(0))
@@ -21,12 +23,12 @@ def opened() -> Opened:
     return llama()
 
 
-def relevant(opened: Opened, *methods: steer.Method) -> torch.Tensor:
+def relevant(opened: Opened, *methods: steer.Method, ids: torch.Tensor = IDS) -> torch.Tensor:
     """The mass on the relevant tokens: [layer, head, answer token]."""
     edits = [edit for method in methods for edit in method.edits(opened)]
     reading = hw.Mass(("relevant",), queries=[11, 12, 13])
     with hw.attend(opened, readings=[reading], edits=edits, segments=PARTS) as run, torch.no_grad():
-        opened.model(IDS[None])
+        opened.model(ids[None])
     return torch.tensor(run.tree["text"]["mass"].values[0, ..., 0])
 
 
@@ -69,13 +71,40 @@ def test_one_vector_on_all_keys_changes_nothing(opened: Opened) -> None:
             torch.testing.assert_close(opened.model(IDS[None]).logits, plain, atol=1e-4, rtol=0)
 
 
+CAPPED = {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]}
+KINDS = {
+    "soft cap and window": Family("gemma2", SMALL | CAPPED | dict(attn_logit_softcapping=0.7)),
+    "window": Family("mistral", SMALL | dict(sliding_window=6)),
+    "sinks and window": Family("gpt_oss", SMALL | CAPPED | EXPERTS),
+}
+
+
+@pytest.mark.parametrize("family", KINDS.values(), ids=KINDS)
+def test_the_training_sees_the_scores_of_the_model(family: Family) -> None:
+    model = build(family)
+    ids = IDS % 60 + 3
+    with torch.no_grad():
+        weights = torch.cat(model(ids[None], output_attentions=True).attentions)
+    small = open_model(model)
+    cached, d = Cached.of(small, steer.Focus(ids, PARTS)), torch.zeros(2, 4, 8)
+    found = cached.mass(d, d)
+    torch.testing.assert_close(found, weights[:, :, 11:14, 4:8].sum(-1), atol=1e-5, rtol=1e-4)
+    # What it is taught is what steering does, in the first layer, whose queries and keys nothing else moved.
+    d = torch.randn(2, 4, 8, generator=torch.Generator().manual_seed(5)).requires_grad_()
+    taught = cached.mass(0.5 * d, d)[0]
+    steered = relevant(small, steer.FocusDirections(d.detach(), alpha=0.5), ids=ids)[0]
+    torch.testing.assert_close(taught.detach(), steered, atol=1e-5, rtol=1e-4)
+    assert (taught - found[0]).abs().max() > 1e-3
+    taught.sum().backward()
+    assert d.grad[0].abs().max() > 1e-3
+
+
 def test_a_key_direction_counts_only_on_some_keys(opened: Opened) -> None:
     draw = torch.Generator().manual_seed(3)
     directions, key_directions = torch.randn(2, 2, 4, 8, generator=draw)
-    cached = Cached.of(opened, EXAMPLE)
     key_directions.requires_grad_()
-    everywhere = replace(cached, moved=torch.ones_like(cached.moved))
-    everywhere.mass(directions, key_directions).sum().backward()
+    everywhere = [(hw.Shift(q=directions[0]), [0, 1, 2, 3]), (hw.Shift(k=key_directions[0]), [0, 1, 2, 3])]
+    weighed(resolve(Cached.of(opened, EXAMPLE).calls[0], everywhere)).a[..., 4:8].sum().backward()
     assert key_directions.grad.abs().max() < 1e-4  # added to all keys: the softmax cancels it
     key_directions.grad = None
     some = Cached.of(opened, EXAMPLE, keys="relevant")

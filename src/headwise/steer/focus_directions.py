@@ -16,10 +16,13 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, Self
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
-from headwise.attention import Edit, Inputs, Shift, attend
+from headwise.attention import Edit, Recompute, Shift, attend
+from headwise.attention.call import AttentionCall
+from headwise.attention.dense import weighed
+from headwise.attention.effects import key_set, resolve
 from headwise.errors import HeadwiseError
 from headwise.models import Opened, Segments
 from headwise.paper import Paper
@@ -103,7 +106,7 @@ class FocusDirections(Method):
                 f"{epochs!r} and {loss!r}."
             )
         sites = [site for site in opened.sites if site.stream == "text"]
-        shape = (2, len(sites), max(s.heads for s in sites), max(s.head_dim for s in sites))
+        shape = (2, 1 + max(s.layer for s in sites), max(s.heads for s in sites), max(s.head_dim for s in sites))
         draw = torch.Generator().manual_seed(seed)
         both = (0.01 * torch.randn(shape, generator=draw)).to(opened.device).requires_grad_()
         optimizer = torch.optim.AdamW([both], lr=lr)
@@ -121,38 +124,38 @@ class FocusDirections(Method):
 
 @dataclass(frozen=True)
 class Cached:
-    """Queries of the answer and all keys, of every layer, as the scores are made of them."""
+    """The attention calls of one example, by layer, of the answer's queries alone: with the scale, soft cap, window and
+    sinks of the model's own."""
 
-    q: Float[Tensor, "layer head answer dim"]
-    k: Float[Tensor, "layer head key dim"]
-    relevant: Bool[Tensor, " key"]
-    moved: Bool[Tensor, " key"]
-    """The keys that have a direction of their own."""
-    seen: Bool[Tensor, "answer key"]
-    scale: float
+    calls: dict[int, AttentionCall]
+    keys: str | None = None
+    """The segment whose keys have a direction of their own."""
 
     @classmethod
     def of(cls, opened: Opened, example: Focus, keys: str | None = None) -> Cached:
-        answer = example.segments.mask("answer").flatten().nonzero().flatten()
-        readings = [
-            Inputs(("q",), queries=answer.tolist(), stream="text", name="q"),
-            Inputs(("k",), stream="text", name="k"),
-        ]
-        with attend(opened, readings=readings) as run, torch.no_grad():
-            opened.model(input_ids=example.ids.reshape(1, -1).to(opened.device))
-        node = run.tree["text"].isel(sample=0)
-        q, k = (torch.tensor(node[name].values, device=opened.device) for name in ("q", "k"))
-        seen = torch.arange(k.shape[2])[None] <= answer[:, None]
-        relevant = example.segments.mask("relevant").flatten()
-        moved = torch.zeros_like(relevant) if keys is None else example.segments.mask(keys).flatten()
-        module = next(site for site in opened.sites if site.stream == "text").module
-        scale = float(getattr(module, "scaling", q.shape[-1] ** -0.5))
-        return cls(q, k, relevant.to(q.device), moved.to(q.device), seen.to(q.device), scale)
+        answer = example.segments.mask("answer").flatten().nonzero().flatten().cpu()
+        calls: dict[int, AttentionCall] = {}
 
-    def mass(self, directions: Tensor, key_directions: Tensor) -> Float[Tensor, "layer head answer"]:
+        def keep(call: AttentionCall) -> None:
+            assert call.site is not None
+            few, exact = call.select(rows=answer), torch.promote_types(call.q.dtype, torch.float32)
+            calls[call.site.layer] = replace(few, q=few.q.to(exact), k=few.k.to(exact))
+
+        with attend(opened, edits=[Recompute(keep, stream="text")], segments=example.segments), torch.no_grad():
+            opened.model(input_ids=example.ids.reshape(1, -1).to(opened.device))
+        return cls(calls, keys)
+
+    def mass(
+        self, directions: Float[Tensor, "layer head dim"], key_directions: Float[Tensor, "layer head dim"]
+    ) -> Float[Tensor, "layer head answer"]:
         """What the answer's queries, with these directions, give to the relevant text."""
-        q = self.q + directions[:, :, None]
-        s = torch.einsum("lhid,lhjd->lhij", q, self.k)
-        if self.moved.any():
-            s = s + torch.einsum("lhid,lhd->lhi", q, key_directions)[..., None] * self.moved
-        return (s * self.scale).masked_fill(~self.seen, -torch.inf).softmax(-1)[..., self.relevant].sum(-1)
+        found = []
+        for layer, call in self.calls.items():
+            heads = list(range(call.heads))
+            edits: list[tuple[Edit, list[int]]] = [(Shift(q=directions[layer]), heads)]
+            if self.keys is not None:
+                edits.append((Shift(k=key_directions[layer], tokens=self.keys), heads))
+            relevant = key_set(call, "relevant").mask
+            assert relevant is not None
+            found.append((weighed(resolve(call, edits)).a[0] * relevant[0]).sum(-1))
+        return torch.stack(found)
