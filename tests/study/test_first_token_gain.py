@@ -7,9 +7,11 @@ from tests.scan.models import llama
 
 from headwise.errors import HeadwiseError
 from headwise.models import Opened
+from headwise.scan.needles import haystack
 from headwise.steer import ZeroTuning
 from headwise.study import first_token_gain as study
 from headwise.study import first_token_leverage as leverage
+from headwise.study.evaluate import perplexity
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +49,11 @@ def test_entropy_and_accuracy_are_of_the_same_gains(opened: Opened) -> None:
         assert len(row["accuracy"]) == len(row["entropy"]) == 3
         plain = np.mean(study.answers(opened, study.TASKS[row["task"]](0)[:5], [])[:, 0])
         assert row["accuracy_plain"] == pytest.approx(plain)
+    prose = found.measured["perplexity"]
+    assert (
+        prose["first token"][1] == prose["second token"][1] == pytest.approx(perplexity(opened, haystack(), (), 128, 3))
+    )
+    assert prose["first token"][2] != prose["second token"][2]
 
 
 def test_a_flat_curve_has_no_rank() -> None:
@@ -60,6 +67,8 @@ def test_leverage_measures_every_part() -> None:
     found = leverage.zero_tuning_leverage(opened, texts=3, length=6)
     assert set(found.measured["kl"]["2"]) == {"first", "others", "early", "middle", "late"}
     assert found.measured["kl"]["2"]["first"] > 0
+    assert set(found.measured["perplexity"]["2"]) == {"first", "second", "early", "middle", "late"}
+    assert found.measured["perplexity"]["2"]["first"] != found.measured["perplexity"]["plain"]
     ids = leverage.windows(opened, 3, 6)
     same = leverage.ends(opened, ids, [leverage.TokenScale(gain=1.0)])
     assert torch.equal(same, leverage.ends(opened, ids, [])), "a gain of 1 is the plain model"

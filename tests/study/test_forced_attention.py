@@ -93,3 +93,6 @@ def test_the_studies_run_on_a_model() -> None:
     assert found["perplexity"]["plain"] != found["perplexity"]["forced"]
     cut = studied.content_gatherers(opened, seeds=(0, 1), count=12, chosen=2, share=0.125).measured
     assert len(cut["heads"]) == 2
+    prose = cut["perplexity"]
+    assert set(prose) == {"plain", "gatherers", "all", "random 0", "random 1", "random 2"}
+    assert len({round(x, 6) for x in prose.values()}) > 3

@@ -19,6 +19,7 @@ from headwise.study.pattern_injection import (
     reciprocal_ranks,
     relevance,
     vector,
+    vectors,
 )
 
 TEXT = "the family was here. the house was large. he had a house."
@@ -64,8 +65,10 @@ def test_injection_changes_the_vectors_and_ranks_count_what_is_as_near(opened: O
     plain, changed = (vector(opened, texts[0], m) for m in ((), injected(heads, texts[0])))
     assert (plain - changed).abs().max() > 1e-4
     assert torch.equal(plain, vector(opened, texts[0], ()))
-    assert reciprocal_ranks(opened, [texts, texts], lambda text: ()).tolist() == [1.0, 1.0]
-    assert reciprocal_ranks(opened, [texts, texts[::-1]], lambda text: ()).tolist() == [0.5, 0.5]
+    one, other = vectors(opened, [texts, texts[::-1]], lambda text: ())
+    assert torch.equal(one[0], plain)
+    assert reciprocal_ranks(one, one).tolist() == [1.0, 1.0]
+    assert reciprocal_ranks(one, other).tolist() == [0.5, 0.5]
 
 
 def test_passages_leave_text_out_between_them() -> None:
@@ -77,4 +80,5 @@ def test_the_studies_run(opened: Opened) -> None:
     assert pattern_relevance(opened, texts=4, sentences=3).verdict == "fails"  # a random model
     found = pattern_injection(opened, texts=5, calibration=2, heads=1, draws=(0,))
     assert found.verdict in ("holds", "fails")
-    assert set(found.measured["change"]) == {"followers", "drawn 0"}
+    assert set(found.measured["change"]) == set(found.measured["moved"]) == {"followers", "drawn 0"}
+    assert found.measured["moved"]["followers"]["mean"] > 1e-4

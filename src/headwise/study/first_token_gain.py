@@ -12,7 +12,7 @@ from jaxtyping import Float
 
 from headwise.errors import HeadwiseError
 from headwise.extras import need
-from headwise.models import Opened, open_model
+from headwise.models import Opened, Segments, open_model
 from headwise.paper import Paper
 from headwise.scan.needles import haystack
 from headwise.scan.word_pairs import relation
@@ -175,7 +175,8 @@ def zero_tuning_entropy(
     model: Any = "zoo:llm", seeds: Sequence[int] = (0, 1), examples: int = 48, grid: Sequence[float] = GRID
 ) -> Finding:
     """For all heads at once: accuracy, the right label's log-probability and the labels' entropy at every gain; the
-    rank correlation of accuracy and entropy over gains, and the accuracy that the gain of least entropy gets."""
+    rank correlation of accuracy and entropy over gains, and the accuracy that the gain of least entropy gets. Beside
+    it the perplexity of prose at every gain of the first token, and of the second one for comparison."""
     opened = model if isinstance(model, Opened) else open_model(model)
     rows = []
     for seed in seeds:
@@ -201,7 +202,15 @@ def zero_tuning_entropy(
     chosen_by_entropy = [row["accuracy_at_least_entropy"] - row["accuracy_plain"] for row in rows]
     holds = all(c < -0.5 for c in correlations)
     return Finding(
-        measured={"gains": list(grid), "tasks": rows, "spread_of_accuracy": spread},
+        measured={
+            "gains": list(grid),
+            "tasks": rows,
+            "spread_of_accuracy": spread,
+            "perplexity": {
+                name: [prose_perplexity(opened, gain, place) for gain in grid]
+                for name, place in (("first token", 0), ("second token", 1))
+            },
+        },
         expected="A rank correlation of accuracy and entropy over the gains below -0.5 in every task and seed.",
         verdict="holds" if holds else "fails",
         reason=(
@@ -219,6 +228,12 @@ def rank(one: Float[np.ndarray, " gain"], other: Float[np.ndarray, " gain"]) -> 
     if not np.ptp(one) or not np.ptp(other):
         return 0.0
     return float(need("scipy.stats", "analysis").spearmanr(one, other).statistic)
+
+
+def prose_perplexity(opened: Opened, gain: float, place: int = 0, heads: Heads | None = None) -> float:
+    """Perplexity of a novel, with this gain on one token of every window; 1 is the plain model."""
+    segments = Segments.from_spans({"token": (place, place + 1)}, 128)
+    return perplexity(opened, haystack(), [TokenScale("token", gain, heads)], 128, windows=3, segments=segments)
 
 
 def curve_point(opened: Opened, examples: Sequence[Example], gain: float) -> list[float]:

@@ -14,7 +14,7 @@ from headwise.models import Opened, Segments, open_model
 from headwise.steer import Method, TokenScale, apply
 from headwise.steer.method import every_head
 from headwise.study.finding import Finding
-from headwise.study.first_token_gain import PAPER, interval
+from headwise.study.first_token_gain import PAPER, interval, prose_perplexity
 from headwise.study.registry import study
 from headwise.study.sinks import windows
 
@@ -30,14 +30,16 @@ def zero_tuning_leverage(
 ) -> Finding:
     """KL divergence (nats) of the next-token distribution at the end of windows of a novel from the plain one, with one
     gain on the attention of all heads to one token: the first, or each of the others in turn (mean); and to the first
-    token in the early, the middle and the late third of the layers alone."""
+    token in the early, the middle and the late third of the layers alone. Beside it the perplexity of prose with these
+    gains on the first token of every window, and on the second one for comparison."""
     opened = model if isinstance(model, Opened) else open_model(model)
     ids = windows(opened, texts, length).to(opened.device)
     plain = ends(opened, ids, [])
     every = every_head(opened)
     cuts = np.linspace(0, 1 + max(layer for layer, _ in every), 4).round().astype(int)
     thirds = {n: range(*cuts[i : i + 2]) for i, n in enumerate(("early", "middle", "late"))}
-    rows = []
+    layers = {name: [pair for pair in every if pair[0] in some] for name, some in thirds.items()}
+    rows, prose = [], {"plain": prose_perplexity(opened, 1.0)}
     for gain in gains:
         moved = {"first": kl(plain, ends(opened, ids, [TokenScale(gain=gain)]))}
         others = []
@@ -45,16 +47,20 @@ def zero_tuning_leverage(
             segments = Segments.from_spans({"token": (place, place + 1)}, length)
             others.append(kl(plain, ends(opened, ids, [TokenScale("token", gain)], segments)))
         moved["others"] = np.mean(others, 0)
-        for name, layers in thirds.items():
-            heads = [pair for pair in every if pair[0] in layers]
+        for name, heads in layers.items():
             moved[name] = kl(plain, ends(opened, ids, [TokenScale(gain=gain, heads=heads)]))
         rows.append((gain, moved))
+        prose[f"{gain:g}"] = {
+            "first": prose_perplexity(opened, gain),
+            "second": prose_perplexity(opened, gain, place=1),
+            **{name: prose_perplexity(opened, gain, heads=heads) for name, heads in layers.items()},
+        }
     more = [interval((m["first"] - m["others"])[:, None])[1][0] for _, m in rows]
     early = [interval((m["early"] - m["late"])[:, None])[1][0] for _, m in rows]
     holds = min(more) > 0 and min(early) > 0
     means = {f"{gain:g}": {name: x.mean() for name, x in moved.items()} for gain, moved in rows}
     return Finding(
-        measured={"kl": means, "first_over_others_low": more, "early_over_late_low": early},
+        measured={"kl": means, "first_over_others_low": more, "early_over_late_low": early, "perplexity": prose},
         expected="At every gain the first token moves more than the mean other token, and the early third of layers "
         "more than the late third, both with 95% certainty.",
         verdict="holds" if holds else "fails",

@@ -159,16 +159,19 @@ def pattern_injection(
 ) -> Finding:
     """Without training: the four patterns go into the `heads` heads that follow each most (seen on other texts). The
     task: find the second half of a passage by the first among those of all passages, by the cosine of mean token
-    vectors; measured is the reciprocal rank. Control: as many heads drawn at random."""
+    vectors; measured is the reciprocal rank. Control: as many heads drawn at random. An encoder writes no text, so it
+    has no perplexity: the side effect shown is how far the injection moves a text's unit vector."""
     opened = model if isinstance(model, Opened) else open_model(model)
     whole = passages(calibration + texts, 2 * SENTENCES)
     gr = xr.concat([relevance(opened, Text.of(opened, t)) for t in whole[:calibration]], "text").mean("text")
     halves = [re.split(r"(?<=[.!?])\s+", text) for text in whole[calibration:]]
     sides = [[Text.of(opened, " ".join(h)) for h in side] for side in zip(*map(cut, halves), strict=True)]
     settings = {"followers": followers(gr, heads)} | {f"drawn {n}": drawn(gr, heads, n) for n in draws}
-    rank = {"plain": reciprocal_ranks(opened, sides, lambda text: [])}
+    found = {"plain": vectors(opened, sides, lambda text: [])}
     for name, chosen in settings.items():
-        rank[name] = reciprocal_ranks(opened, sides, lambda text, chosen=chosen: injected(chosen, text))
+        found[name] = vectors(opened, sides, lambda text, chosen=chosen: injected(chosen, text))
+    rank = {name: reciprocal_ranks(*both) for name, both in found.items()}
+    moved = {name: (both - found["plain"]).norm(dim=-1).flatten().cpu().numpy() for name, both in found.items()}
     change = {name: interval(x - rank["plain"])._asdict() for name, x in rank.items() if name != "plain"}
     others = np.mean([change[f"drawn {n}"]["mean"] for n in draws])
     mine = change["followers"]
@@ -176,6 +179,7 @@ def pattern_injection(
         measured={
             "reciprocal_rank": {name: float(x.mean()) for name, x in rank.items()},
             "change": change,
+            "moved": {name: interval(x)._asdict() for name, x in moved.items() if name != "plain"},
             "heads": settings["followers"],
             "passages": texts,
         },
@@ -195,11 +199,16 @@ def cut(sentences: list[str]) -> tuple[list[str], list[str]]:
     return sentences[: len(sentences) // 2], sentences[len(sentences) // 2 :]
 
 
-def reciprocal_ranks(
+def vectors(
     opened: Opened, sides: Sequence[Sequence[Text]], methods: Callable[[Text], Sequence[Method]]
+) -> Float[Tensor, "side passage dim"]:
+    return torch.stack([torch.stack([vector(opened, text, methods(text)) for text in side]) for side in sides])
+
+
+def reciprocal_ranks(
+    first: Float[Tensor, "passage dim"], second: Float[Tensor, "passage dim"]
 ) -> Float[np.ndarray, " passage"]:
     """1 / the place of a passage's own second half among all, by similarity to its first half."""
-    first, second = (torch.stack([vector(opened, text, methods(text)) for text in side]) for side in sides)
     alike = first @ second.T
     return (1 / (alike >= alike.diagonal()[:, None]).sum(1)).cpu().numpy()
 
