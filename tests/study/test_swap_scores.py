@@ -11,6 +11,8 @@ from headwise.study import get
 from headwise.study.positional_transformer import TASKS, PositionalTransformer, spread
 from headwise.study.swap_neural_attention import near_pairs
 from headwise.study.swap_phase_change import AttentionOnly, arrival, measured, prefix_matching, repeats
+from headwise.study.swap_positional import pointed
+from headwise.study.swap_positional_limits import after_mark
 
 TINY = {
     "neural_attention_pairs": {"steps": 3},
@@ -18,6 +20,8 @@ TINY = {
     "nexus_language": {"steps": 2, "dim": 16, "layers": 1},
     "nexus_two_hops": {"steps": 3, "dim": 16},
     "position_extrapolation": {"steps": 2, "dim": 16, "layers": 1, "length": 24, "rates": (1e-3,)},
+    "positional_data_routing": {"steps": 3, "rows": 4, "width": 8, "n": 4},
+    "positional_samples": {"steps": 3, "rows": 4, "width": 8, "n": 4, "samples": (5, 10)},
     "positional_value_scale": {"steps": 3, "rows": 16, "width": 8, "samples": 50, "n": 4},
     "smeared_key_phase_change": {"steps": 4, "every": 2, "dim": 16},
 }
@@ -47,6 +51,16 @@ def test_samples_lie_in_their_range():
     assert 2 < x.abs().max() <= 6
     inside = spread(500, 8, 2.0, torch.Generator().manual_seed(0))
     assert inside.abs().max() <= 2
+
+
+def test_tasks_that_are_routed_by_data():
+    batch = after_mark(5, 20)(torch.Generator().manual_seed(0))
+    values, marks = batch["x"].unbind(-1)
+    assert torch.equal(marks.sum(1), torch.ones(20))
+    for row in range(20):
+        assert torch.equal(batch["labels"][row, :, 0], values[row, marks[row].argmax() + 1].expand(5))
+    batch = pointed(5, 20)(torch.Generator().manual_seed(0))
+    assert torch.equal(batch["labels"][..., 0], batch["x"][..., 0].gather(1, batch["x"][..., 1:].argmax(-1)))
 
 
 def test_the_positional_transformer():
