@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers
 
+import headwise as hw
 from headwise import swap
 from headwise.attention import Mass, attend
 from headwise.errors import HeadwiseError
@@ -95,6 +96,14 @@ def test_round_trip_on_disk(tmp_path):
     conversion.undo()
     with pytest.raises(HeadwiseError, match=r"headwise_swap.json"):
         swap.load(tmp_path.parent)
+
+
+def test_a_converted_model_on_disk_is_no_plain_one(tmp_path):
+    swap.convert(llama(), "attention", layers=[0]).save(tmp_path)
+    with pytest.raises(HeadwiseError, match=r"holds a converted model .*: load it with headwise\.swap\.load"):
+        hw.open_model(tmp_path)
+    opened = hw.open_model(swap.load(tmp_path))
+    assert [type(site.module).__name__ for site in opened.sites] == ["Attention", "LlamaAttention"]
 
 
 def test_round_trip_of_several_conversions(tmp_path):

@@ -128,6 +128,11 @@ def load(
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise HeadwiseError(f"{text} has no config.json: wanted a folder that save_pretrained wrote.")
+        if (path / SWAPPED).is_file():
+            raise HeadwiseError(
+                f"{text} holds a converted model (it has a {SWAPPED}): load it with headwise.swap.load, and open what "
+                "that gives."
+            )
         return *loading.load_pretrained(str(path), dtype, kw, processor, tokenizer), path.resolve().name
     if path.is_absolute() or text.startswith((".", "~")):
         raise HeadwiseError(f"{text}: there is no such folder or file.")
@@ -148,6 +153,9 @@ def fingerprint(model: nn.Module) -> str:
             digest.update(some.numpy().tobytes())
     return digest.hexdigest()[:12]
 
+
+SWAPPED = "headwise_swap.json"
+"""Beside a model's config: which of its layers were replaced by mechanisms of the swap room, which lies above this."""
 
 UNSTABLE = ("_name_or_path", "transformers_version", "_attn_implementation", "dtype", "torch_dtype", "use_cache")
 """Config entries that say how a model was opened, not which it is."""

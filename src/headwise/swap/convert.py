@@ -14,13 +14,12 @@ from torch import nn
 
 from headwise.errors import HeadwiseError
 from headwise.models.anatomy import Site, find_sites
-from headwise.models.open import Opened
+from headwise.models.open import SWAPPED, Opened
 from headwise.swap.adapter import Replacement, refuse
 from headwise.swap.catalogue import MECHANISMS
 from headwise.swap.mechanism import Mechanism
 from headwise.swap.probe import position_of
 
-FILE = "headwise_swap.json"
 Layers = str | Sequence[int] | None
 
 
@@ -60,7 +59,7 @@ class Conversion:
         folder = Path(folder)
         # by the names the model has now: others, which transformers may write, say nothing of mechanisms
         self.model.save_pretrained(folder, save_original_format=False)  # type: ignore[operator]
-        (folder / FILE).write_text(text + "\n")
+        (folder / SWAPPED).write_text(text + "\n")
 
 
 def convert(
@@ -129,12 +128,14 @@ def load(folder: str | Path, **model_kwargs: Any) -> nn.Module:
     from safetensors.torch import load_file
 
     folder = Path(folder)
-    if not (folder / FILE).is_file():
-        raise HeadwiseError(f"load: {folder} holds no {FILE}: it was not written by Conversion.save.")
+    if not (folder / SWAPPED).is_file():
+        raise HeadwiseError(f"load: {folder} holds no {SWAPPED}: it was not written by Conversion.save.")
     try:
-        recipes = {n: (str(r["mechanism"]), dict(r["own"])) for n, r in json.loads((folder / FILE).read_text()).items()}
+        recipes = {
+            n: (str(r["mechanism"]), dict(r["own"])) for n, r in json.loads((folder / SWAPPED).read_text()).items()
+        }
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise HeadwiseError(f"load: {folder / FILE} doesn't say what stands where: {error!r}.") from None
+        raise HeadwiseError(f"load: {folder / SWAPPED} doesn't say what stands where: {error!r}.") from None
     config = transformers.AutoConfig.from_pretrained(folder)
     kind = getattr(transformers, config.architectures[0], None)
     if kind is None:
