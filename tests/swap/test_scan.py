@@ -31,6 +31,19 @@ def test_every_mechanism_in_a_trained_model_is_scanned(name: str):
     assert result.heads[QUESTIONS].notna().all(axis=None)
 
 
+def test_weights_that_do_not_sum_to_one_are_scanned_as_they_are():
+    opened = llama()
+    with torch.no_grad(), attend(opened, [Map()]) as run:
+        opened.model(**opened.encode(TEXT[0]))
+    p = torch.from_numpy(run.tree["text"].dataset["map"].sel(layer=0).isel(sample=0).values)
+    want = {"match": p[..., 0] / (1 + p[..., 0]), 20.0: torch.ones_like(p[..., 0])}
+    for b, first in want.items():
+        with swap.convert(opened, "sigmoid_attention", layers=[0], b=b):
+            heads = scan.heads(open_model(opened.model, tokenizer=tokenizer()), texts=TEXT, questions=["sinks"]).heads
+        found = torch.tensor(heads[heads["layer"] == 0]["sinks"].to_numpy())
+        torch.testing.assert_close(found, first.mean(-1).to(found), rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["nexus_attention", "multi_hop_attention", "dual_attention"])
 def test_layers_that_attend_in_ways_of_their_own_answer_all_questions(name: str):
     opened = llama()
