@@ -57,6 +57,32 @@ def test_beams_through_a_cache_are_those_of_whole_forwards(opened: Opened) -> No
     assert not torch.equal(cached, opened.model.generate(IDS, **asked))
 
 
+@pytest.mark.parametrize("asked", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
+def test_segments_stay_where_they_are_without_a_cache(opened: Opened, asked: dict) -> None:
+    asked = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 1} | asked
+    mask = torch.ones_like(IDS)
+    mask[0, :2] = 0
+    parts = Segments.from_spans({"pad": (0, 2), "first": (2, 3), "span": (4, 7)}, 9)
+    for batch, segments in (({}, PARTS), ({"attention_mask": mask}, parts)):
+        with steer.apply(opened, *METHODS, segments=segments):
+            cached = opened.model.generate(IDS, **batch, **asked)
+            again = opened.model.generate(IDS, use_cache=False, **batch, **asked)
+        assert torch.equal(again, cached)
+        assert not torch.equal(again, opened.model.generate(IDS, use_cache=False, **batch, **asked))
+
+
+def test_segments_of_another_text_are_refused(opened: Opened) -> None:
+    other = torch.cat([IDS.flip(1), IDS[:, :1]], 1)
+    with steer.apply(opened, *METHODS, segments=PARTS), torch.no_grad():
+        with pytest.raises(hw.HeadwiseError, match="labels for 9 tokens, but the input has 10"):
+            opened.model(torch.cat([IDS, IDS[:, :1]], 1))  # its prompt was never read
+        opened.model(IDS)
+        opened.model(torch.cat([IDS, IDS[:, :1]], 1))
+        for wrong, length in ((other, 10), (IDS[:, :8], 8), (other[:1], 10)):
+            with pytest.raises(hw.HeadwiseError, match=f"the input has {length}"):
+                opened.model(wrong)
+
+
 class Kept(BaseStreamer):
     """Every token as it comes."""
 

@@ -30,10 +30,12 @@ class Seen(NamedTuple):
 
 
 class Frame:
-    """One forward of the whole model: which sites were called, how much came before it in a cache, and the padding."""
+    """One forward of the whole model: which sites were called, how much came before it in a cache, its token ids where
+    it was given any, and the padding."""
 
-    def __init__(self, past: int, padding: Any = None):
+    def __init__(self, past: int, padding: Any = None, ids: Any = None):
         self.past = past
+        self.ids: Tensor | None = ids if isinstance(ids, Tensor) and ids.ndim == 2 else None
         self.calls: Counter[tuple[str, bool]] = Counter()
         """Of each site, apart from its inner ones."""
         self._padding = padding

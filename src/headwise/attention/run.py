@@ -72,6 +72,8 @@ class Run:
     forwards: int = 0
     _labels: dict[tuple, Labels] = field(default_factory=dict, repr=False)
     _rows: dict[tuple, tuple[Tensor, Tensor | None]] = field(default_factory=dict, repr=False)
+    _prompts: dict[str, Tensor | None] = field(default_factory=dict, repr=False)
+    """The token ids of the last forward that the segments of a stream were held against."""
     _tables: dict[tuple[str, torch.device], LabelTable] = field(default_factory=dict, repr=False)
     _rotary: dict[str, Any] = field(default_factory=dict, repr=False)
 
@@ -185,8 +187,14 @@ class Run:
         key = (site.stream, site.kind, call.batch, call.keys, call.queries, call.j0, first, last)
         if key in self._labels:
             return self._labels[key]
-        if given is not None and frame.past == 0 and site.kind == "self":
+        if (
+            given is not None
+            and frame.past == 0
+            and site.kind == "self"
+            and not self.grown(site.stream, frame, last + 1)
+        ):
             given.validate(last + 1)
+            self._prompts[site.stream] = frame.ids
         length = max(call.j0 + call.keys, last + 1)
         known = self.known(site.stream, call.q.device)
         table = known.table(length, call.batch)
@@ -199,6 +207,14 @@ class Run:
             queries = table[:, call.i]
         labels = self._labels[key] = Labels(known.names(length), keys, queries)
         return labels
+
+    def grown(self, stream: str, frame: Frame, length: int) -> bool:
+        """Whether this is the labelled text again with more behind it: `generate()` without a cache passes it anew for
+        every token. What is new is called "generated"."""
+        prompt, ids = self._prompts.get(stream), frame.ids
+        if prompt is None or ids is None or len(ids) != len(prompt) or not prompt.shape[1] < ids.shape[1] == length:
+            return False
+        return torch.equal(ids[:, : prompt.shape[1]], prompt)
 
     def known(self, stream: str, device: torch.device) -> LabelTable:
         """The stream's labels on this device."""

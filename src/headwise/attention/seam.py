@@ -146,7 +146,8 @@ class Session:
 
     def _enter(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         if self.depth == 0:
-            self.frame = Frame(past_length(kwargs), kwargs.get("attention_mask"))
+            ids = kwargs.get("input_ids", args[0] if args else None)
+            self.frame = Frame(past_length(kwargs), kwargs.get("attention_mask"), ids)
             for run in self.runs:
                 run.begin()
         self.depth += 1
