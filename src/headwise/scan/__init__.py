@@ -62,6 +62,7 @@ from headwise.scan.sink_tokens import later_sink_tokens, secondary_sink_tokens, 
 from headwise.scan.sinks import Sinks
 from headwise.scan.spectrum import mp_outliers
 from headwise.scan.surface import SurfacePatterns
+from headwise.scan.taylor import TaylorOrders
 from headwise.scan.text_roles import TextRoles
 from headwise.scan.token_maps import token_map
 from headwise.scan.topics import TopicAttention
@@ -123,6 +124,7 @@ __all__ = [
     "SinkCensus",
     "Sinks",
     "SurfacePatterns",
+    "TaylorOrders",
     "TextRoles",
     "TopicAttention",
     "UniformQuery",

@@ -32,6 +32,7 @@ from headwise.scan.sink_anatomy import SinkAnatomy
 from headwise.scan.sink_census import SinkCensus
 from headwise.scan.sinks import Sinks
 from headwise.scan.surface import SurfacePatterns
+from headwise.scan.taylor import TaylorOrders
 from headwise.scan.text_roles import TextRoles
 from headwise.scan.topics import TopicAttention
 from headwise.scan.uniform_query import UniformQuery
@@ -74,6 +75,7 @@ MORE: tuple[type[Question], ...] = (
     SalientOperations,
     ScoreRank,
     SelectionCapacity,
+    TaylorOrders,
     UniformQuery,
     UnselectableKeys,
 )
