@@ -158,6 +158,23 @@ def test_padding_on_the_left_changes_no_token(causal: bool, kind: str, path: str
         torch.testing.assert_close(y[1:], layer(x[1:]), rtol=0, atol=1e-12)
 
 
+def test_padding_that_sees_a_prefix_changes_no_token():
+    """Hosts that look both ways within a prefix hand over one mask for padding and tokens."""
+    layer, x, lead = make(position=swap.Rope()), tokens(1, 14), 5
+    seen = torch.ones(14, 14, dtype=torch.bool).tril() | (torch.arange(14) < 9)
+    padded = (seen & (torch.arange(14) >= lead))[None, None]
+    with torch.no_grad():
+        alone = layer(x[:, lead:], mask=Mask(allowed=seen[None, None, lead:, lead:]))
+        whole = layer(x, mask=Mask(allowed=padded))
+        cache = swap.Cache()
+        parts = [
+            layer(x[:, n:end], mask=Mask(allowed=padded[:, :, n:end, :end]), cache=cache)
+            for n, end in ((0, 10), (10, 11), (11, 14))
+        ]
+    torch.testing.assert_close(whole[:, lead:], alone, rtol=0, atol=1e-12)
+    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=0, atol=1e-12)
+
+
 def test_blocks_of_rows_equal_the_whole(monkeypatch: pytest.MonkeyPatch):
     layer, x = make(position=swap.Rope()), tokens(1, 160)
     wanted = layer(x).detach()  # with gradients: the whole matrix

@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from headwise.attention.call import AttentionCall
+from headwise.attention.call import AttentionCall, pick
 from headwise.attention.dense import BLOCKED, dense
 from headwise.attention.effects import resolve
 from headwise.attention.engine import DENSE_PLACES
@@ -102,11 +102,12 @@ class MultiTokenAttention(Attention):
         q, k, v = self.project(x, x if context is None else context, here, context is not None)
         seen = self.visible(mask, len(x))
         past = {} if entries is None else dict(entries.states)
-        tokens = None if self.causal or context is not None else tokens_of(seen, x.shape[1], x.device)
-        form = MultiTokenForm(self, seen, past, entries is not None, tokens)
         if entries is not None:
             k, v = entries.extend(k=k, v=v)
             entries.length += x.shape[1]
+        i = torch.arange(here.first, here.first + x.shape[1], device=x.device)
+        tokens = None if context is not None else tokens_of(seen, i, k.shape[2])
+        form = MultiTokenForm(self, seen, past, entries is not None, tokens)
         z = self.attend(q, k, v, seen, here, form=form)
         if entries is not None:
             entries.put(**form.last)
@@ -134,7 +135,7 @@ class MultiTokenAttention(Attention):
 class MultiTokenForm(Form):
     """Scores and weights of one call. `past`: the rows before it, of what is convolved; `last`: those for the next one,
     which kernels make only where it `keeps` them. `tokens`: the rows that are not padding before a sample's own; None
-    where all count, or where such padding sees nothing anyway, as in the causal form."""
+    where all count, or where such padding sees nothing anyway, as under a causal mask."""
 
     local = False
 
@@ -250,12 +251,19 @@ def visible(mask: Mask, i: Int[Tensor, " query"], j0: int, keys: int) -> Bool[Te
     return seen if mask.added is None else seen & (mask.added > BLOCKED)
 
 
-def tokens_of(mask: Mask, rows: int, device: torch.device) -> Bool[Tensor, "#batch row"] | None:
-    """Which rows are not before a sample's first token, that is before all keys that any row sees; None: all are."""
+def tokens_of(mask: Mask, i: Int[Tensor, " row"], keys: int) -> Bool[Tensor, "#batch row"] | None:
+    """Which rows are not before a sample's first token, that is before all keys that any row sees."""
+    pairs = any(x is not None for x in (mask.allowed, mask.added, mask.rule))
+    if mask.causal or not len(i) or (mask.key_valid is None and not pairs):
+        return None
     seen = mask.key_valid
-    if rows and any(x is not None for x in (mask.allowed, mask.added, mask.rule)):
-        seen = visible(mask, torch.arange(rows, device=device), 0, rows).any(1).any(1)
-    return None if seen is None else seen.cumsum(1) > 0
+    if pairs:
+        found = []
+        for rows in torch.arange(len(i), device=i.device).split(max(1, PLACES // keys)):
+            part = replace(mask, allowed=pick(mask.allowed, 2, rows), added=pick(mask.added, 2, rows))
+            found.append(visible(part, i[rows], 0, keys).any(1).any(1))
+        seen = torch.stack(found).any(0)
+    return (seen.cumsum(1) > 0)[:, i]  # type: ignore[union-attr]
 
 
 def turned(x: Heads, by: Int[Tensor, " batch"]) -> Heads:
