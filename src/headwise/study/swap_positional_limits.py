@@ -131,6 +131,11 @@ def positional_samples(
             )
             for task, by_mode in median["new"].items()
         )
+        + f". On the {samples[-1]:,} trained on, where steps and not samples are what is wanting: "
+        + "; ".join(
+            f"{task} {by_mode['positional'][-1]:.2g} and {by_mode['standard'][-1]:.2g}"
+            for task, by_mode in median["trained"].items()
+        )
         + ".",
         model=f"positional and standard transformers of width {width}, trained for {steps} steps",
         seeds=list(seeds),
