@@ -80,6 +80,7 @@ EDITS = {
     "ScoreBias": hw.ScoreBias(math.log(3.0), keys="first"),
     "knockout": hw.ScoreBias(-math.inf, keys="previous", heads=[0]),
     "ScoreMap": hw.ScoreMap(lambda s: 2 * s, keys="rest", heads=[1]),
+    "ScoreMap(placed)": hw.ScoreMap(lambda s, i, j: s - 0.5 * (i - j), placed=True, heads=[0, 3]),
     "Reweight": hw.Reweight(lambda m: 0.5 / m.clamp(min=1e-6), groups=("first",)),
     "Blend(own)": hw.Blend(0.3, target="own", heads=[2]),
     "Blend(mean)": hw.Blend(0.3, target="mean"),

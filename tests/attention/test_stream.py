@@ -69,6 +69,7 @@ def edits(draw, call: AttentionCall):
         "vector": (ScoreBias(0.5, keys=vector), every),
         "relative": (ScoreBias(1.0, keys="window:2"), heads),
         "map": (ScoreMap(lambda s: s + s.clamp(min=0), keys="middle", queries="start"), heads),
+        "placed": (ScoreMap(lambda s, i, j: 0.5 * s + (i - j).abs().sqrt().to(s), placed=True, queries="end"), heads),
         "reweight": (Reweight(lambda m: 0.5 / m.clamp(min=1e-3).sqrt(), groups=("start", "end")), heads),
         "others": (Reweight(lambda m: (1 + m).flip(-1), groups=("middle", "*")), heads),
         "set": (Reweight(lambda m: 1 / (1 + m), groups=(some, "*")), every),

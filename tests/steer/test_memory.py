@@ -34,6 +34,7 @@ ways = {
     "shift": [steer.FocusDirections(torch.ones(2, 2, 16))],
     "forced": [steer.ForceAttention((5, 9), heads=((0, 1),))],
     "rule": [steer.PatternMask("offset:-3", heads=((1, 0),), mode="fix"), steer.PatternMask("window:9")],
+    "frozen": [steer.FreezeToPositional(((0, 0), (1, 1)), offsets=torch.zeros(2, 4096))],
     "uniform": [steer.UniformMix(heads=((0, 0),))],
     "recompute": [steer.PositionalHiddenScaling(5, layers=(0, 1))],
     "buckets": [steer.AttentionBuckets((1.0, 2.0))],

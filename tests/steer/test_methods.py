@@ -65,6 +65,7 @@ ACTIVE = {
     "Knockout": steer.Knockout("span", queries="last"),
     "PatternMask": steer.PatternMask("previous", heads=((0, 1),)),
     "PositionalHiddenScaling": steer.PositionalHiddenScaling(5, layers=(0, 1)),
+    "FreezeToPositional": steer.FreezeToPositional(((0, 1),), offsets=torch.zeros(1, 9)),
     "UniformMix": steer.UniformMix(lam=0.7),
     "ScaleHeads": steer.ScaleHeads(heads=((0, 1),), gain=-1.0),
 }

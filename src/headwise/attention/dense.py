@@ -90,9 +90,10 @@ def scores(effects: Effects, dtype: torch.dtype) -> Matrix:
         s = call.softcap * torch.tanh(s / call.softcap)
     if call.bias is not None:
         s = s + call.bias.to(dtype)
+    i, j = call.i[:, None], torch.arange(call.keys, device=s.device) + call.j0
     for edit in effects.maps:
-        chosen = _where(call, edit.keys, edit.queries, s[:, edit.heads])
-        s = _put(s, edit.heads, torch.where(chosen, edit.fn(s[:, edit.heads]), s[:, edit.heads]))
+        part = s[:, edit.heads]
+        s = _put(s, edit.heads, torch.where(_where(call, edit.keys, edit.queries, part), edit(part, i, j), part))
     for bias in effects.biases:
         part = s[:, bias.heads]
         step = (

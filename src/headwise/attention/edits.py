@@ -122,11 +122,13 @@ class ScoreBias(Edit):
 
 @dataclass(frozen=True, eq=False)
 class ScoreMap(Edit):
-    """`s_ij -> fn(s_ij)` pointwise, for keys and queries of the named segments (None: all)."""
+    """`s_ij -> fn(s_ij)` pointwise, for keys and queries of the named segments (None: all). `placed`: `fn(s_ij, i, j)`,
+    told the absolute positions of query and key, which broadcast to the scores."""
 
-    fn: Callable[[Tensor], Tensor] = torch.clone
+    fn: Callable[..., Tensor] = torch.clone
     keys: str | None = None
     queries: str | None = None
+    placed: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

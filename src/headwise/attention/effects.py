@@ -166,10 +166,15 @@ class Bias:
 
 @dataclass(frozen=True)
 class Map_:
-    fn: Callable[[Tensor], Tensor]
+    fn: Callable[..., Tensor]
     heads: Int[Tensor, " chosen"]
     keys: KeySet | None
     queries: Bool[Tensor, "#batch query"] | None
+    placed: bool = False
+
+    def __call__(self, s: Tensor, i: Int[Tensor, "*#row"], j: Int[Tensor, "*#column"]) -> Tensor:
+        """The scores of queries and keys at these positions, mapped."""
+        return self.fn(s, i, j) if self.placed else self.fn(s)
 
 
 @dataclass(frozen=True)
@@ -225,7 +230,7 @@ def resolve(call: AttentionCall, edits: Sequence[tuple[Edit, list[int]]]) -> Eff
         index = numbers(tuple(heads), device)
         if isinstance(edit, ScoreMap):
             keys = None if edit.keys is None else key_set(call, edit.keys)
-            effects.maps.append(Map_(edit.fn, index, keys, query_mask(call, edit.queries)))
+            effects.maps.append(Map_(edit.fn, index, keys, query_mask(call, edit.queries), edit.placed))
         elif isinstance(edit, ScoreBias):
             effects.biases.append(_bias(call, edit, index))
         elif isinstance(edit, Reweight):

@@ -33,7 +33,7 @@ def place_scores(
             chosen = chosen & change.keys.at(i, call.j0, j)[:, None]
         if change.queries is not None:
             chosen = chosen & change.queries[:, None, rows, None]
-        s[:, change.heads] = torch.where(chosen, change.fn(part), part)
+        s[:, change.heads] = torch.where(chosen, change(part, i[:, None], (j + call.j0)[:, None]), part)
     for bias in effects.biases:
         part = s[:, bias.heads]
         if bias.vector is not None:

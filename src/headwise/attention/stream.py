@@ -199,7 +199,8 @@ class Sweep:
                 chosen = chosen & change.keys.block(i, call.j0, start, end)
             if change.queries is not None:
                 chosen = chosen & change.queries[:, None, rows, None]
-            body[:, change.heads] = torch.where(chosen, change.fn(part), part)
+            j = torch.arange(start, end, device=s.device) + call.j0
+            body[:, change.heads] = torch.where(chosen, change(part, i[:, None], j), part)
         for bias, vector in zip(effects.biases, self.vectors, strict=True):
             self._bias(body, bias, vector, rows, i, start, end)
         for factor, weigh in zip(factors, effects.weighs, strict=False):

@@ -18,6 +18,7 @@ from headwise.steer.first_token import first_token_leverage, first_token_slopes
 from headwise.steer.focus_directions import Focus, FocusDirections
 from headwise.steer.force_attention import ForceAttention
 from headwise.steer.found_in_the_middle import FoundInTheMiddle, place_attention
+from headwise.steer.freeze_positional import FreezeToPositional
 from headwise.steer.head_pursuit import head_pursuit, head_rows, logit_lens, unembedding
 from headwise.steer.knockout import Knockout
 from headwise.steer.method import Method, apply
@@ -46,6 +47,7 @@ __all__ = [
     "FocusDirections",
     "ForceAttention",
     "FoundInTheMiddle",
+    "FreezeToPositional",
     "Knockout",
     "MatchingTokens",
     "Method",

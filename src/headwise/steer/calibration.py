@@ -22,6 +22,7 @@ from headwise.steer.concept_heads import ConceptHeads
 from headwise.steer.examples import Example
 from headwise.steer.focus_directions import Focus, FocusDirections
 from headwise.steer.found_in_the_middle import FoundInTheMiddle
+from headwise.steer.freeze_positional import FreezeToPositional
 from headwise.steer.method import Method, apply
 from headwise.steer.soft_injection import SoftInjection
 
@@ -127,6 +128,11 @@ def _(method: FocusDirections, opened: Opened, examples: Sequence[Example]) -> t
         spans = {"relevant": example.spans["relevant"], "answer": (len(example.prompt), len(text))}
         found.append(Focus(opened.encode(text)["input_ids"], Segments.from_characters(text, spans, opened.tokenizer)))
     return (found,)
+
+
+@wanted.register
+def _(method: FreezeToPositional, opened: Opened, examples: Sequence[Example]) -> tuple[Any, ...]:
+    return ([example.prompt + example.answer for example in examples],)
 
 
 @wanted.register

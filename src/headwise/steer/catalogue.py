@@ -11,6 +11,7 @@ from headwise.steer.emphasis import Emphasis
 from headwise.steer.focus_directions import FocusDirections
 from headwise.steer.force_attention import ForceAttention
 from headwise.steer.found_in_the_middle import FoundInTheMiddle
+from headwise.steer.freeze_positional import FreezeToPositional
 from headwise.steer.knockout import Knockout
 from headwise.steer.method import Method
 from headwise.steer.pattern_mask import PatternMask
@@ -38,6 +39,7 @@ METHODS: tuple[type[Method], ...] = (
     Knockout,
     PatternMask,
     PositionalHiddenScaling,
+    FreezeToPositional,
     ScaleHeads,
     UniformMix,
 )

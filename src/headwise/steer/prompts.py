@@ -60,13 +60,18 @@ def marked(
     return Segments(every, labels)
 
 
-def check_first(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-    """A hook for methods that mean position 0 by "first": refuses a batch in which that is padding."""
+def padded_left(args: tuple, kwargs: dict[str, Any]) -> bool:
+    """Whether a forward is given a batch in which position 0 is padding."""
     mask = kwargs.get("attention_mask")
     long = isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] > 1
     ids = kwargs.get("input_ids", args[0] if args else None)
     # A step of decoding is not looked at: the prompt was.
-    if long and (ids is None or ids.shape[1] > 1) and not bool(mask[:, 0].all()):
+    return long and (ids is None or ids.shape[1] > 1) and not bool(mask[:, 0].all())
+
+
+def check_first(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    """A hook for methods that mean position 0 by "first": refuses a batch in which that is padding."""
+    if padded_left(args, kwargs):
         raise HeadwiseError(
             "A method means the first token, but this batch is padded on the left: give apply "
             "segments=steer.mark_first(batch), which finds it in every sample."
