@@ -99,7 +99,7 @@ def frozen_heads(
             f"is multiplied by {mine['mean']:.3f} ({mine['low']:.3f} to {mine['high']:.3f}), with as many random heads "
             f"by {control['mean']:.3f}, and by {zeroed['mean']:.3f} where the same heads write nothing. The largest "
             f"share tried that costs less than {LOSS:.0%} is {cheap['perplexity_factor']:.0%}, of random heads "
-            f"{cheap['perplexity_factor_random']:.0%}. The tables say {overlap.mean():.0%} of the mean head's attention."
+            f"{cheap['perplexity_factor_random']:.0%}. Tables say {overlap.mean():.0%} of the mean head's attention."
         ),
         model=opened.name,
         seeds=list(draws),
