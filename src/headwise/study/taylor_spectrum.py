@@ -53,6 +53,7 @@ def taylor_spectrum(
     most, before = float((inside > 0.5).mean()), float((inside_fresh > 0.5).mean())
     holds = most > 0.5 and before <= 0.1 and more > 0 and chance < 0.01
     of_sinks, of_others = (np.median(needed[x]) if x.any() else np.nan for x in (sink, ~sink))
+    decides = "whatever the layer" if more > 0 and chance < 0.01 else "so that the layer decides more than the sink"
     return Finding(
         measured={
             "heads_with_mass_at_2_to_10": most,
@@ -79,7 +80,7 @@ def taylor_spectrum(
             f"{most:.0%} of heads have most of their mass at orders 2 to 10 ({before:.0%} before training), at a "
             f"median mean order of {table['taylor_mean_order'].median():.1f}. To be within {question.within:.0%} a "
             f"sink head needs order {of_sinks:.0f}, another one {of_others:.0f} (medians); within their layers sink "
-            f"heads need {more:+.1f} (p = {chance:.2g})."
+            f"heads need {more:+.1f} (p = {chance:.2g}), {decides}."
         ),
         model=opened.name,
         seeds=[seed],
