@@ -41,6 +41,7 @@ from headwise.scan.name_movers import NameMovers
 from headwise.scan.needles import NEEDLES, Needle
 from headwise.scan.options import NegativeHeads, OptionHeads
 from headwise.scan.passes import Plan
+from headwise.scan.position_prior import PositionPrior, edge_posterior
 from headwise.scan.positional import PositionalHeads
 from headwise.scan.positional_channels import PositionalChannels, positional_channels
 from headwise.scan.probing import AttentionProbe, DistanceProbe, attachment, train_probe, word_maps
@@ -105,6 +106,7 @@ __all__ = [
     "NegativeHeads",
     "OptionHeads",
     "Plan",
+    "PositionPrior",
     "PositionalChannels",
     "PositionalHeads",
     "Prompt",
@@ -145,6 +147,7 @@ __all__ = [
     "delayed",
     "describe_rules",
     "dip_and_rise",
+    "edge_posterior",
     "edge_ratio",
     "embedding_contrast",
     "entropy_trajectory",

@@ -20,6 +20,7 @@ from headwise.scan.maps_salient import SalientOperations
 from headwise.scan.mixing import Concentration
 from headwise.scan.name_movers import NameMovers
 from headwise.scan.options import NegativeHeads, OptionHeads
+from headwise.scan.position_prior import PositionPrior
 from headwise.scan.positional import PositionalHeads
 from headwise.scan.question import Question
 from headwise.scan.reference_frames import ReferenceFrames
@@ -65,6 +66,7 @@ MORE: tuple[type[Question], ...] = (
     DistanceBias,
     AttentionBasin,
     ContextualHeads,
+    PositionPrior,
     ReferenceFrames,
     SecondarySinks,
     SinkAnatomy,

@@ -41,7 +41,7 @@ class InputDependence(Question):
         for name, least in {"sequences": 2, "length": 2, "rows": 1}.items():
             if getattr(self, name) < least:
                 raise HeadwiseError(
-                    f"InputDependence({name}=...) must be at least {least}; got {getattr(self, name)!r}."
+                    f"{type(self).__name__}({name}=...) must be at least {least}; got {getattr(self, name)!r}."
                 )
 
     def columns(self) -> tuple[Column, ...]:
@@ -67,7 +67,9 @@ class InputDependence(Question):
         ids = torch.tensor(opened.tokenizer(haystack(), add_special_tokens=False)["input_ids"])
         room = len(ids) if opened.max_positions is None else min(len(ids), opened.max_positions)
         if self.length > room:
-            raise HeadwiseError(f"InputDependence(length=...) can be at most {room} tokens here; got {self.length}.")
+            raise HeadwiseError(
+                f"{type(self).__name__}(length=...) can be at most {room} tokens here; got {self.length}."
+            )
         starts = torch.linspace(0, len(ids) - self.length, self.sequences).long()
         return [Prompt({"input_ids": ids[starts[:, None] + torch.arange(self.length)].to(opened.device)})]
 
