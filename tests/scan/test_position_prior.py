@@ -8,6 +8,7 @@ from headwise import scan
 from headwise.errors import HeadwiseError
 from headwise.scan.position_prior import PositionPrior, divergences, edge_posterior, even, place_prior
 from headwise.scan.tokens import random_tokens
+from headwise.study.position_prior import left, position_prior
 from tests.scan.models import bert, circuit, llama
 from tests.scan.test_mixing import eager
 
@@ -129,3 +130,21 @@ def test_bad_input_is_refused() -> None:
     opened.tokenizer = None
     with pytest.raises(HeadwiseError, match="give ids"):
         edge_posterior(opened, 0, 0)
+
+
+def test_the_study_knows_heads_of_position_from_heads_of_content() -> None:
+    found = position_prior(circuit(), PositionPrior(sequences=6, length=30, rows=20))
+    shares = found.measured["heads_mostly_explained"]
+    assert shares["place"] == shares["distance"] == 0.5
+    assert found.measured["own_prior_better_than_other_heads"] == 0, "a lone head is its own neighbour"
+    assert found.measured["least_explained"][0][:2] == [1, 0]
+    assert found.verdict == "fails"
+
+
+def test_priors_of_the_study_are_held_out_and_sum_to_one() -> None:
+    maps = random_maps(4, 3, 9)[:, :, 1:]
+    found = left(maps, maps, np.arange(1, 9))
+    np.testing.assert_allclose(found["shuffled"], found["place"])
+    np.testing.assert_allclose(found["uniform"], slow(random_maps(4, 3, 9), list(range(1, 9)))["uniform"])
+    assert (found["place_after_first"] < found["uniform_after_first"] + 1).all()
+    assert not np.allclose(found["other_head"], found["place"])
