@@ -57,11 +57,11 @@ def test_the_verdict_follows_the_loss(monkeypatch, cost: float, verdict: str) ->
     assert found.verdict == verdict
     assert found.measured["heads"] == [[0, 0]]
     assert found.measured["largest_cheap_share"] == (0.1 if verdict == "holds" else 0)
-    assert len(calls) == 1 + len(found.measured["shares"]) * 3 + 1
+    assert len(calls) == 1 + len(found.measured["shares"]) * 3 + 2
     assert calls[-1] == [steer.ScaleHeads(heads=((0, 0),), gain=0.0)]
 
 
 def test_it_runs_on_a_model() -> None:
     found = studied.frozen_heads(llama(), texts=2, length=24, draws=(0,))
-    assert [row["heads"] for row in found.measured["shares"]] == [1, 1, 2, 3]
+    assert [row["heads"] for row in found.measured["shares"]] == [1, 1, 1, 2]
     assert 0 < found.measured["overlap"]["lowest"] < found.measured["overlap"]["highest"] < 1
