@@ -81,6 +81,7 @@ def frozen_heads(
     by_place = FreezeToPositional(heads, by="place").calibrate(opened, list(learn))
     placed = factor(losses(opened, held, [by_place]) - plain)
     zeroed = factor(losses(opened, held, [ScaleHeads(heads=heads, gain=0.0)]) - plain)
+    early = sum(layer == every[0][0] for layer, _ in heads)
     mine, control = judged["perplexity_factor"], judged["perplexity_factor_random"]
     holds = mine["high"] < 1 + LOSS and judged["over_random_heads"]["high"] < 0
     return Finding(
@@ -91,7 +92,7 @@ def frozen_heads(
             "largest_cheap_share_random": cheap["perplexity_factor_random"],
             "overlap": {"mean": float(overlap.mean()), "highest": float(overlap.max()), "lowest": float(overlap.min())},
             "heads": heads,
-            "heads_of_the_first_layer": sum(layer == every[0][0] for layer, _ in heads),
+            "heads_of_the_first_layer": early,
             "perplexity_factor_by_place": placed,
             "perplexity_factor_zeroed": zeroed,
             "windows": texts,
@@ -101,8 +102,8 @@ def frozen_heads(
         f"rises by less than {LOSS:.0%}, and less than with as many random heads, each with 95% certainty.",
         verdict="holds" if holds else "fails",
         reason=(
-            f"With the {judged['heads']} most positional of {len(every)} heads frozen to tables of offsets, perplexity "
-            f"is multiplied by {mine['mean']:.3f} ({mine['low']:.3f} to {mine['high']:.3f}), with as many random heads "
+            f"With the {judged['heads']} most positional of {len(every)} heads ({early} of them in the first layer) "
+            f"frozen to tables of offsets, perplexity is multiplied by {mine['mean']:.3f} ({mine['low']:.3f} to {mine['high']:.3f}), with as many random heads "
             f"by {control['mean']:.3f}; the same heads by {placed['mean']:.3f} with tables of places, and by "
             f"{zeroed['mean']:.3f} when they write nothing. The largest share tried that costs less than "
             f"{LOSS:.0%} is {cheap['perplexity_factor']:.0%}, of random heads "
