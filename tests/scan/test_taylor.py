@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 import torch
 import xarray as xr
+from transformers import T5Config, T5ForConditionalGeneration
 
 from headwise import scan
 from headwise.attention import Scores, attend
 from headwise.errors import HeadwiseError
+from headwise.models import open_model
 from headwise.scan.taylor import HeadOrders, TaylorOrders, blocks, orders_needed, series
 from headwise.scan.tokens import random_tokens
 from headwise.study.taylor_spectrum import against_layer, taylor_spectrum
@@ -141,3 +143,17 @@ def test_sink_heads_are_compared_within_their_layers() -> None:
     assert chance < 0.01
     assert against_layer(deep, (layers > 3), layers, 200)[1] > 0.5, "what differs between layers only does not count"
     assert against_layer(deep, np.zeros(48, bool), layers, 200) == (0.0, 1.0)
+
+
+def test_a_decoder_that_reads_more_than_its_encoder_is_read_whole() -> None:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 100, "d_model": 32, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 4}
+    opened = open_model(T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0)).double().eval())
+    inputs = {"input_ids": torch.arange(3, 13)[None], "decoder_input_ids": torch.arange(3, 33)[None]}
+    found = scan.heads(opened, inputs=[inputs], questions=[TaylorOrders(orders=12, rows=30)]).data
+    with attend(opened, readings=[Scores(lags=tuple(range(30)), stream="decoder")]) as run, torch.no_grad():
+        opened.model(**inputs)
+    rows = run.tree["decoder"]["scores"].isel(sample=0, layer=0, head=1).values.astype(float)
+    wanted = np.mean([slow(row[~np.isnan(row)], 12)["share"] for row in rows], 0)
+    np.testing.assert_allclose(found["taylor_share"].sel(stream="decoder")[0, 1], wanted, rtol=1e-5)
+    assert found["taylor_orders"].sel(stream="encoder").notnull().all()

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 import xarray as xr
 from jaxtyping import Float
+from torch import Tensor
 
 from headwise.attention.readings import Reading, Scores
 from headwise.errors import HeadwiseError
@@ -26,6 +27,7 @@ from headwise.paper import Paper
 from headwise.scan.question import Column, Prompt, Question
 
 PAPER = Paper("On the Expressiveness of Softmax Attention: A Recurrent Neural Network Perspective", "2507.23632")
+OF_WORDS = ("text", "encoder", "decoder")
 MOST = 128
 """Orders up to here stay within float64 for every score below 12,000."""
 AT_ONCE = 2048
@@ -84,14 +86,18 @@ class TaylorOrders(Question):
         )
 
     def lacks(self, opened: Opened) -> str | None:
-        return None if self.streams(opened) else "self-attention over text"
+        return None if self.streams(opened) else "self-attention over words, not patches or sound"
 
     def streams(self, opened: Opened) -> Sequence[str]:
-        return ["text"] if any(s.stream == "text" and s.kind == "self" for s in opened.sites) else []
+        return list(dict.fromkeys(s.stream for s in opened.sites if s.kind == "self" and s.stream in OF_WORDS))
 
     def readings_at(self, opened: Opened, prompt: Prompt) -> list[Reading]:
-        every = torch.arange(prompt.length).expand(prompt.length, -1)
-        return [Scores(targets=every, queries=self.rows, stream="text")]
+        # No stream has more tokens than the longest ids: a decoder may read more of them than its encoder.
+        tensors = [v for v in prompt.inputs.values() if isinstance(v, Tensor)]
+        ids = [v.shape[1] for v in tensors if v.ndim == 2 and not v.is_floating_point()]
+        most = max([*ids, prompt.length])
+        every = torch.arange(most).expand(most, -1)
+        return [Scores(targets=every, queries=self.rows, stream=stream) for stream in self.streams(opened)]
 
     def reduce(self, values: xr.Dataset, prompt: Prompt) -> xr.Dataset:
         scores = values["scores"].transpose("layer", "head", "sample", "query", "target")
