@@ -103,10 +103,10 @@ def frozen_heads(
         verdict="holds" if holds else "fails",
         reason=(
             f"With the {judged['heads']} most positional of {len(every)} heads ({early} of them in the first layer) "
-            f"frozen to tables of offsets, perplexity is multiplied by {mine['mean']:.3f} "
-            f"({mine['low']:.3f} to {mine['high']:.3f}), with as many random heads by {control['mean']:.3f}; the same heads by {placed['mean']:.3f} with tables of places, and by "
-            f"{zeroed['mean']:.3f} when they write nothing. The largest share tried that costs less than "
-            f"{LOSS:.0%} is {cheap['perplexity_factor']:.0%}, of random heads "
+            f"frozen to tables of offsets, perplexity is multiplied by {mine['mean']:.3f} ({mine['low']:.3f} to "
+            f"{mine['high']:.3f}), with as many random heads by {control['mean']:.3f}; the same heads by "
+            f"{placed['mean']:.3f} with tables of places, and by {zeroed['mean']:.3f} when they write nothing. The "
+            f"largest share tried that costs less than {LOSS:.0%} is {cheap['perplexity_factor']:.0%}, of random heads "
             f"{cheap['perplexity_factor_random']:.0%}. Tables say {overlap.mean():.0%} of the mean head's attention."
         ),
         model=opened.name,
