@@ -1,5 +1,7 @@
 """What README and the documentation say is run here, as it stands there."""
 
+import ast
+import inspect
 import re
 import runpy
 import shlex
@@ -9,6 +11,9 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+
+import headwise as hw
+from headwise import scan
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
@@ -46,6 +51,19 @@ def test_readme_command(command, tmp_path):
 def test_python_blocks_run_in_order(page):
     source = "\n".join(blocks(page, "python"))
     exec(compile(source, str(page), "exec"), {"__name__": "example"})
+
+
+def test_calls_about_a_readers_own_texts_fit_the_signatures():
+    """Pages of the scan room speak of texts and models that only the reader has: their calls can be read, not run."""
+    bound = 0
+    for page in sorted((ROOT / "docs" / "scan").glob("*.md")):
+        for node in ast.walk(ast.parse("\n".join(blocks(page, "python")))):
+            match node:
+                case ast.Call(func=ast.Attribute(value=ast.Name(id="scan" | "hw" as room), attr=name)):
+                    called = getattr({"scan": scan, "hw": hw}[room], name)
+                    inspect.signature(called).bind(*node.args, **{word.arg: word.value for word in node.keywords})
+                    bound += 1
+    assert bound > 30
 
 
 @pytest.mark.zoo
