@@ -29,13 +29,14 @@ VARIANCE = TRAINED**2 / 3
     "the same depth.",
 )
 def positional_data_routing(
-    seeds: Sequence[int] = (0, 1, 2), steps: int = 800, rows: int = 64, width: int = 32, n: int = 8,
+    seeds: Sequence[int] = (0, 1, 2), steps: int = 3000, rows: int = 64, width: int = 32, n: int = 8,
     depths: Sequence[int] = (1, 4),
 ) -> Finding:  # fmt: skip
     """Two tasks on 8 numbers within [-2, 2]. Pointers: each node holds the name of another and is asked for its number.
     After the mark: one node is marked, and all are asked for the number behind it. Transformers of one layer, and of 4
     as the paper takes for 8 nodes; errors on held-out rows as a share of the numbers' variance. All places for a mark
-    can be tried by fixed routes in turn, so that depth may do there what data should."""
+    can be tried by fixed routes in turn, so that depth may do there what data should. 3,000 steps: within 800, of the
+    first run, standard attention had not learnt what is after the mark."""
     tasks: dict[str, tuple[Draw, int]] = {
         "pointers": (pointed(n, rows), 1 + n),
         "after the mark": (after_mark(n, rows), 2),
